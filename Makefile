@@ -1,0 +1,31 @@
+# Two commands: `make demo` (install, then the whole method on the toy world) and `make test` (install, then the tests).
+VENV = .venv
+PYTHON = $(VENV)/bin/python
+LAUNCH = PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(VENV)/bin/deepspeed --num_gpus 1
+
+.PHONY: demo test install clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet -r requirements.txt
+	touch $@
+
+demo: install
+	$(PYTHON) -m toy.make
+	$(LAUNCH) sft.py
+	$(LAUNCH) train_gvm.py
+	$(LAUNCH) train_dvpo.py
+	$(PYTHON) evaluate.py gvm --json runs/toy/gvm.json
+	$(PYTHON) evaluate.py values --html runs/toy/values.html
+	$(PYTHON) evaluate.py plot --runs dvpo=runs/toy/dvpo/metrics.jsonl --png runs/toy/curves.png
+	$(PYTHON) evaluate.py policy --json runs/toy/policy.json
+	@echo "curves: runs/toy/curves.png   token values: runs/toy/values.html   tables: runs/toy/*.json"
+
+test: install
+	$(PYTHON) -m pytest -q
+
+clean:
+	rm -rf runs toy/build

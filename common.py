@@ -1,0 +1,601 @@
+"""The few things that every stage shares: arguments, ranks, models and tokenizers, chat text as token ids,
+generation, the TD target (Eq. 1), the batch-normalized advantage (Eq. 2), saving and the log.
+
+What differs between stages (alignment slices, losses, the loop) is written out in each script, on purpose.
+
+Legend for shapes: B rows, P prompt slots (left padded), R response slots (right padded), T = P + R, V vocabulary.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser, LogitsProcessor, LogitsProcessorList)
+
+from data import BadInput
+
+# Stored in the tokenizer when a base model brings none, so that every later stage and any server render alike.
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{{ 'Assistant:\n' + m['content'] + eos_token + '\n' }}{% else %}"
+    "{{ m['role'] | capitalize + ':\n' + m['content'] + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
+)
+
+
+# ---- arguments, ranks, folders ---------------------------------------------------------------------------------
+
+def parse_args(cls, argv=None):
+    """Command line -> dataclass. The trailing `  # comment` of a field is its --help text.
+
+    With `--model toy` the values of toy/defaults.py replace the defaults of the fields they name; nothing else in
+    the project looks at a model's name. Flags typed on the command line win over both.
+    """
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
+    for field in dataclasses.fields(cls):
+        field.metadata = {"help": comments.get(field.name, "").replace("%", "%%") or None}
+    parser = HfArgumentParser(cls, description=inspect.getmodule(cls).__doc__.split("\n\n")[0], allow_abbrev=False)
+    values = parser.parse_args(argv)
+    if values.model == "toy":
+        from toy.defaults import DEFAULTS
+        names = {field.name for field in dataclasses.fields(cls)}
+        toy = DEFAULTS[Path(inspect.getfile(cls)).stem]
+        parser.set_defaults(**{name: value for name, value in toy.items() if name in names})
+        values = parser.parse_args(argv)
+    return cls(**vars(values))
+
+
+def init_distributed():
+    """Join the process group of the `deepspeed` launcher, or make one of a single rank for `python script.py`.
+
+    Returns (rank, world, device). NCCL on GPUs, gloo on the CPU.
+    """
+    if not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "c++")):
+        raise BadInput("DeepSpeed compiles a small communication library at its first use on the CPU and needs a C++ "
+                       "compiler: install one (for example `apt-get install g++`) or set CXX to its path.")
+    import deepspeed
+    import logging
+    from transformers.utils import logging as transformers_logging
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()  # a value head is missing from an SFT model by design: no report of it
+    transformers_logging.disable_progress_bar()
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    deepspeed.init_distributed(verbose=False)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def print0(*text):
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*text, flush=True)
+
+
+def seed_everything(seed):
+    """Seed what the libraries draw from (initial weights, dropout). Data order and sampling have seeds of their own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def keyed_rng(*key):
+    """A numpy generator keyed by integers, e.g. (seed, step): the same draw on every rank and after a restart."""
+    return np.random.default_rng([int(k) for k in key])
+
+
+def split_batch(batch_size, micro_batch, world):
+    """batch_size = ranks x micro batch x accumulation. Returns the accumulation steps; ValueError-free by one sentence."""
+    if min(batch_size, micro_batch) < 1 or batch_size % (micro_batch * world):
+        raise BadInput(f"--batch_size {batch_size} must be a positive multiple of ranks x --micro_batch = "
+                       f"{world} x {micro_batch}: change one of the two.")
+    return batch_size // (micro_batch * world)
+
+
+def epoch_rows(n, start, count, seed):
+    """Rows start..start+count of an endless stream of shuffled epochs over n rows: data order is a function of the
+    step alone, so it does not depend on the number of ranks and needs no state to resume."""
+    rows = []
+    for i in range(start, start + count):
+        epoch, place = divmod(i, n)
+        if not rows or place == 0:
+            order = keyed_rng(seed, epoch).permutation(n)
+        rows.append(int(order[place]))
+    return rows
+
+
+def output_folder(args, stage):
+    """runs/<model name>/<stage> unless --output_dir says otherwise; made at once, so that an unwritable place shows
+    before the expensive work. args.json in it is what ran."""
+    out = Path(args.output_dir or Path("runs") / Path(args.model).name / stage)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            (out / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
+    except OSError as e:
+        raise BadInput(f"--output_dir {out}: cannot write there ({e.strerror}); choose another folder.") from None
+    return out
+
+
+def stage_folder(model, stage, override, flag, command):
+    """The folder an earlier stage wrote: `override` if given, else runs/<model name>/<stage>. Hub ids pass as they are."""
+    if override and not override.startswith((".", "/", "runs/")) and not Path(override).exists():
+        return override  # a hub id: from_pretrained finds it or says what is wrong
+    folder = Path(override or Path("runs") / Path(model).name / stage)
+    if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise BadInput(f"No {stage} model in {folder}: run `{command}` first, or name a folder with {flag}.")
+    return str(folder)
+
+
+def load_plug(spec, flag):
+    """`module:function` -> the function. How values (--value_fn) and truth (--truth_fn) of your own come in."""
+    module, _, function = spec.partition(":")
+    sys.path.insert(0, os.getcwd())  # the module may lie where the command is typed
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise BadInput(f"{flag} {spec}: {e}; expected module:function, for example toy.exact:values.") from None
+    finally:
+        sys.path.pop(0)
+
+
+# ---- DeepSpeed -------------------------------------------------------------------------------------------------
+
+def ds_config(path, micro_batch=1, max_grad_norm=1.0):
+    """Read a DeepSpeed JSON (precision, ZeRO and offload only) and add what the script knows.
+
+    With `managed_gradient_accumulation` off, engine.backward only adds to the gradients and engine.step applies them,
+    as in plain PyTorch. The managed form silently keeps only the last backward (ZeRO-1/2) when the counts disagree.
+    """
+    try:
+        config = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as e:
+        raise BadInput(f"--ds_config {path}: {e}; choose a JSON file from ds_configs/.") from None
+    return {**config, "train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": 1,
+            "gradient_clipping": max_grad_norm, "managed_gradient_accumulation": False,
+            "zero_allow_untested_optimizer": True}
+
+
+def dtype_of(config):
+    return torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+
+
+def zero_stage(config):
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def freeze(model, config, device):
+    """A model that is only read: gradients off, dropout off; sharded over the ranks when the config says ZeRO-3."""
+    model.requires_grad_(False).eval()
+    if zero_stage(config) < 3:
+        return model.to(device)
+    import deepspeed
+    keys = ("bf16", "zero_optimization", "train_micro_batch_size_per_gpu")
+    frozen = {k: config[k] for k in keys if k in config}
+    frozen["zero_optimization"] = {k: v for k, v in frozen["zero_optimization"].items() if k != "offload_optimizer"}
+    engine, *_ = deepspeed.initialize(model=model, config=frozen)
+    engine.eval()
+    return engine
+
+
+def set_lr(engine, lr):
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def all_sum(*numbers, device="cpu"):
+    """Sum each number over all ranks, in float64; returns a list of floats."""
+    total = torch.tensor([float(n) for n in numbers], dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_rows(rows):
+    """Lists of python objects of all ranks, joined in rank order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(rows)
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, list(rows))
+    return [row for part in parts for row in part]
+
+
+# ---- models and tokenizers -------------------------------------------------------------------------------------
+
+def pretrained(cls, path, flag="--model", **kwargs):
+    """cls.from_pretrained with the usual failures turned into one sentence."""
+    try:
+        return cls.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        text = str(e)
+        if "gated" in text.lower() or "401" in text or "403" in text:
+            why = "the repository is gated: accept its licence on huggingface.co and run `hf auth login`"
+        elif Path(path).exists():
+            why = text.strip().split("\n")[0]
+        else:
+            why = "no such folder here, and the hub could not be reached or has no such model"
+        raise BadInput(f"{flag} {path}: cannot load it ({why}).") from None
+
+
+def load_tokenizer(path, flag="--model"):
+    """Tokenizer with a chat template, an end-of-turn token as EOS and some pad token.
+
+    Pad is EOS where the tokenizer has none (Llama-3): harmless, because every mask here comes from lengths and never
+    from comparing ids. EOS becomes the special token that the chat template puts behind an assistant turn, which for
+    chat models is not always the tokenizer's own EOS (Gemma's <end_of_turn>): one rule for training and stopping.
+    """
+    tokenizer = pretrained(AutoTokenizer, path, flag)
+    if tokenizer.eos_token_id is None:
+        raise BadInput(f"{flag} {path}: its tokenizer has no EOS token; set one with tokenizer.eos_token and save it.")
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
+    try:
+        tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")[2]
+    except Exception as e:  # a template is a program of its author's, and can fail in any way
+        raise BadInput(f"{flag} {path}: its chat template fails on a user and an assistant turn ({e}).") from None
+    ids = tokenizer(tail.strip(), add_special_tokens=False).input_ids
+    added = tokenizer.added_tokens_decoder
+    if ids and ids[0] in added and added[ids[0]].special:
+        tokenizer.eos_token = added[ids[0]].content
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(path, tokenizer, dtype, flag="--model"):
+    """Causal LM whose samples and log-probs agree: no dropout, and none of the checkpoint's sampling settings."""
+    model = pretrained(AutoModelForCausalLM, path, flag, dtype=dtype)
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        raise BadInput(f"{flag} {path}: the tokenizer has {len(tokenizer)} tokens, the model only "
+                       f"{model.get_input_embeddings().num_embeddings}: they do not belong together.")
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+                                               pad_token_id=tokenizer.pad_token_id)
+    return disable_dropout(model)
+
+
+def load_value_base(path, dtype, flag="--sft_model"):
+    """The backbone of `path` with a new one-label head on every token.
+
+    The head's own dropout defaults to 0.1 in transformers and can only be turned off through the config. The head
+    starts small and random: from a zero head LoRA gets no gradient at first, and in our trials it never recovered.
+    """
+    config = pretrained(AutoConfig, path, flag, num_labels=1)
+    config.classifier_dropout = 0.0
+    model = pretrained(AutoModelForTokenClassification, path, flag, config=config, dtype=dtype)
+    return disable_dropout(model)
+
+
+def value_head(model):
+    """The Linear(h, 1) of a token-classification model: `score` on Llama-like models, `classifier` on GPT-2."""
+    return model.score if hasattr(model, "score") else model.classifier
+
+
+def load_gvm(folder, dtype):
+    """Global value model written by train_gvm.py: base + adapter + head, and the settings in its gvm.json."""
+    from peft import PeftModel
+    from safetensors import safe_open
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / "gvm.json").read_text())
+        with safe_open(folder / "adapter_model.safetensors", "pt") as f:
+            if not any(re.search(r"\.(score|classifier)\.weight$", key) for key in f.keys()):
+                raise BadInput(f"{folder}: the value head is missing from adapter_model.safetensors; train it again.")
+    except (OSError, ValueError) as e:
+        raise BadInput(f"--value_model {folder}: not a folder that train_gvm.py wrote ({e}).") from None
+    base = load_value_base(settings["base_model"], dtype, flag=f"base model of --value_model {folder}:")
+    return disable_dropout(PeftModel.from_pretrained(base, folder)), settings
+
+
+@torch.no_grad()
+def reward_model_scores(folder, chats, dtype, device, micro_batch=8, flag="--reward_model"):
+    """Scores of any one-label sequence classifier (a folder, a peft adapter folder or a hub id), one float a chat.
+
+    chats: (prompt messages, answer text) pairs. They are rendered with the reward model's own tokenizer and template,
+    because its vocabulary need not be the policy's, and read at the answer's last token.
+    """
+    tokenizer = load_tokenizer(folder, flag)
+    if (Path(folder) / "adapter_config.json").exists():
+        from peft import AutoPeftModelForSequenceClassification
+        model = pretrained(AutoPeftModelForSequenceClassification, folder, flag, num_labels=1, dtype=dtype)
+    else:
+        model = pretrained(AutoModelForSequenceClassification, folder, flag, num_labels=1, dtype=dtype)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model = disable_dropout(model).to(device).eval()
+    backbone = model.get_base_model() if hasattr(model, "peft_config") else model
+    head = value_head(backbone)
+    scores = []
+    for i in range(0, len(chats), micro_batch):
+        batch = collate(*zip(*[(chat_ids(tokenizer, prompt), answer_ids(tokenizer, text))
+                               for prompt, text in chats[i:i + micro_batch]]), tokenizer.pad_token_id, device)
+        hidden = backbone.base_model(input_ids=batch.ids, attention_mask=batch.attention,
+                                     position_ids=batch.positions).last_hidden_state
+        last = batch.P + batch.mask.sum(1) - 1   # not "the last id that is not pad": pad may be the EOS itself
+        scores += head(hidden[torch.arange(len(last), device=last.device), last])[:, 0].float().tolist()
+    return scores
+
+
+def disable_dropout(model):
+    """Dropout off for good, in train mode too: with it on, ratio 1 and KL 0 at the first step would be false."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, 0.0)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model
+
+
+def lora_targets(model):
+    """Names of the linear layers that LoRA adapts: all of them but the heads ("all-linear" would take a value head
+    for one of them)."""
+    from transformers.pytorch_utils import Conv1D
+    heads = {"lm_head", "score", "classifier"}
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    return sorted(names - heads)
+
+
+def tokenizer_fingerprint(tokenizer):
+    """Changes when ids change meaning; two models with unequal ones cannot read each other's token ids."""
+    import hashlib
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+# ---- chat text as token ids ------------------------------------------------------------------------------------
+
+def chat_ids(tokenizer, messages, tau=()):
+    """Token ids of a prompt, up to where the answer starts; tau = (question, answer) pairs put in front as earlier
+    turns of the same chat. The template writes BOS itself, so no special tokens are added a second time."""
+    system = [m for m in messages if m["role"] == "system"]
+    turns = [{"role": role, "content": text} for pair in tau for role, text in zip(("user", "assistant"), pair)]
+    chat = system + turns + [m for m in messages if m["role"] != "system"]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def answer_ids(tokenizer, text):
+    """Token ids of a complete answer, EOS included. Tokenized apart from the prompt, as it will be generated."""
+    return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+
+
+def cut_text(tokenizer, text, tokens):
+    """The first `tokens` tokens of a text."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return text if len(ids) <= tokens else tokenizer.decode(ids[:tokens], skip_special_tokens=True)
+
+
+def cut_pair(tokenizer, messages, answer, settings):
+    """One (question, answer) pair of tau, each text cut to its own token limit."""
+    return (cut_text(tokenizer, messages[-1]["content"], settings["tau_question_tokens"]),
+            cut_text(tokenizer, answer, settings["tau_answer_tokens"]))
+
+
+Batch = namedtuple("Batch", "ids attention positions mask P")
+
+
+def collate(prompts, responses, pad_id, device="cpu"):
+    """Lists of token ids -> one padded batch: prompts padded on the left to P slots, responses on the right to R.
+
+    ids, attention, positions: [B, T] long;  mask: [B, R] bool, True on every response token, EOS included.
+    """
+    P, R = max(map(len, prompts)), max(map(len, responses))
+    ids = torch.full((len(prompts), P + R), pad_id)
+    attention = torch.zeros_like(ids)
+    for i, (p, r) in enumerate(zip(prompts, responses)):
+        ids[i, P - len(p):P + len(r)] = torch.tensor(p + r)
+        attention[i, P - len(p):P + len(r)] = 1
+    positions = (attention.cumsum(-1) - 1).clamp(min=0)  # left padding must not shift positions
+    mask = attention[:, P:].bool()
+    return Batch(ids.to(device), attention.to(device), positions.to(device), mask.to(device), P)
+
+
+# ---- generation ------------------------------------------------------------------------------------------------
+
+class GumbelNoise(LogitsProcessor):
+    """Sampling as argmax(logits / temperature + Gumbel noise), the noise of a row drawn from the row's own seed.
+
+    The argmax is an exact sample of softmax(logits / temperature), and what a row says does not depend on the rows
+    beside it, on the batch's layout or on the number of ranks.
+    """
+
+    def __init__(self, seeds, temperature, device):
+        self.temperature = temperature
+        self.streams = [torch.Generator(device).manual_seed(int(s)) for s in seeds]
+
+    def __call__(self, input_ids, scores):
+        noise = torch.stack([torch.empty(scores.shape[1], device=scores.device).exponential_(generator=g)
+                             for g in self.streams])
+        return scores.float() / self.temperature - noise.log()
+
+
+@contextlib.contextmanager
+def whole_weights(engine):
+    """The plain module behind an engine, ready to generate. Under ZeRO-3 the weights are gathered once: a gather per
+    token and layer would be far slower. DeepSpeed's hooks are put back even when generation raises."""
+    if not hasattr(engine, "module") or not hasattr(engine, "optimizer") or engine.zero_optimization_stage() < 3:
+        yield getattr(engine, "module", engine)
+        return
+    from deepspeed.runtime.zero import unwrap_model_for_generation
+    error = None
+    with unwrap_model_for_generation(engine) as unwrapped:
+        try:
+            yield unwrapped.module
+        except BaseException as e:  # raised again below, after DeepSpeed has restored its hooks
+            error = e
+    if error is not None:
+        raise error
+
+
+@torch.no_grad()
+def generate(engine, prompts, seeds, max_new_tokens, temperature, tokenizer, device, batch=64):
+    """Sample one answer per prompt from softmax(logits / temperature); temperature 0 is greedy.
+
+    prompts: B lists of token ids;  seeds: B integers, one per row
+    returns  B lists of sampled ids, cut behind the first EOS; an answer without EOS was truncated at max_new_tokens
+    """
+    answers = []
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
+                              eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    with whole_weights(engine) as model:
+        was_training = model.training
+        model.eval()
+        for i in range(0, len(prompts), batch):
+            rows = collate(prompts[i:i + batch], [[]] * len(prompts[i:i + batch]), tokenizer.pad_token_id, device)
+            noise = [GumbelNoise(seeds[i:i + batch], temperature, device)] if temperature > 0 else []
+            out = model.generate(rows.ids, attention_mask=rows.attention, generation_config=config,
+                                 logits_processor=LogitsProcessorList(noise))
+            for row in out[:, rows.P:].tolist():
+                end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+                answers.append(row[:end])
+        model.train(was_training)
+    return answers
+
+
+# ---- the two equations -----------------------------------------------------------------------------------------
+
+def td_targets(q, reward, mask, gamma, lam):
+    """TD(lambda) targets of one sentence-level reward (Eq. 1 is lambda = 0).
+
+    G_t = r_t + gamma ((1 - lambda) sg[Q_{t+1}] + lambda G_{t+1}),  r_t = 0 before the last token T, G_T = r(x, y)
+    G_0 = (1 - lambda) sg[Q_1] + lambda G_1: slot 0 is V(s_1), no token and so no discount lies between it and Q_1
+    q:      [B, 1 + R] slot 0 = V(s_1) at the last prompt token, slot t = Q(tau, s_t, a_t);  reward: [B]
+    mask:   [B, R] bool
+    returns [B, 1 + R], no gradient, zero where there is no token
+    """
+    q = q.detach()
+    last = mask.long().sum(1)                                    # [B] number of response tokens
+    target = torch.zeros_like(q)
+    for t in range(q.shape[1] - 1, -1, -1):
+        if t + 1 < q.shape[1]:
+            ahead = (1 - lam) * q[:, t + 1] + lam * target[:, t + 1]
+            target[:, t] = torch.where(t < last, (gamma if t > 0 else 1.0) * ahead, 0.0)
+        target[:, t] = torch.where(t == last, reward, target[:, t])
+    return target
+
+
+def td_loss(q, reward, mask, gamma, lam):
+    """Sum over the valued slots of (G_t - Q_t)^2, and their number (Eq. 1 with TD(lambda) targets).
+
+    The caller divides by the number of slots of the whole optimizer batch, so that the gradient does not depend on
+    how rows are dealt into micro batches and ranks. Shapes as in td_targets.
+    """
+    slots = torch.cat([mask.any(1, keepdim=True), mask], dim=1)  # [B, 1 + R] the last prompt token is valued too
+    error = (td_targets(q, reward, mask, gamma, lam) - q) * slots
+    return error.square().sum(), slots.sum()
+
+
+def batch_normalize(q, mask, eps=1e-8):
+    """Advantage of DVPO: the frozen read-out normalized over the whole batch, all ranks (Eq. 2).
+
+    mu = mean(q[mask]),  sigma^2 = mean((q[mask] - mu)^2), biased as in the paper;  A = (q - mu) / (sigma + eps)
+    q: [B, R] float32, units of reward;  mask: [B, R] bool
+    returns (A [B, R] unitless and zero where mask is 0,  mu,  sigma)
+    """
+    q = q.float()
+    n, total = all_sum(mask.sum(), (q.double() * mask).sum(), device=q.device)
+    mu = total / max(n, 1)
+    square, = all_sum((((q.double() - mu) ** 2) * mask).sum(), device=q.device)
+    sigma = (square / max(n, 1)) ** 0.5
+    return (q - mu) / (sigma + eps) * mask, mu, sigma
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------
+
+def replace_files(saving, out):
+    """Move a finished folder's files over the old ones; a crash while writing leaves the old ones alone."""
+    for path in sorted(Path(saving).iterdir()):
+        os.replace(path, Path(out) / path.name)
+    Path(saving).rmdir()
+
+
+def save_model(engine, tokenizer, out, base=None, extra=None):
+    """Write what stock transformers (and peft) load, safetensors, from any ZeRO stage. Called by every rank.
+
+    base:  folder or id of the LoRA base: the adapter is merged into a fresh copy of it. None: save as it is.
+    extra: {file name: JSON-able}, written beside the weights
+    """
+    state = engine._zero3_consolidated_16bit_state_dict() if engine.zero_optimization_stage() == 3 else None
+    if dist.get_rank() == 0:
+        module, saving = engine.module, Path(out) / ".saving"
+        shutil.rmtree(saving, ignore_errors=True)
+        state = {k: v.cpu() for k, v in (state or module.state_dict()).items()}
+        if base is not None:  # merged in a fresh copy, because the weights of the run may be sharded
+            from peft import PeftModel
+            module.save_pretrained(saving / "adapter", state_dict=state)
+            model = pretrained(AutoModelForCausalLM, base, dtype=next(iter(state.values())).dtype)
+            module = PeftModel.from_pretrained(model, saving / "adapter").merge_and_unload()
+            module.generation_config, state = engine.module.generation_config, module.state_dict()
+            shutil.rmtree(saving / "adapter")
+        if hasattr(module, "peft_config"):
+            for adapter in module.peft_config.values():  # a relative path would fail from another folder
+                if Path(adapter.base_model_name_or_path or "").exists():
+                    adapter.base_model_name_or_path = str(Path(adapter.base_model_name_or_path).resolve())
+        module.save_pretrained(saving, state_dict=state)
+        tokenizer.save_pretrained(saving)
+        for name, content in (extra or {}).items():
+            (saving / name).write_text(json.dumps(content, indent=1))
+        replace_files(saving, out)
+    dist.barrier()
+
+
+# ---- the log ---------------------------------------------------------------------------------------------------
+
+class MetricLog:
+    """metrics.jsonl, one stdout line a step with the fields named in `show`, TensorBoard when it is installed."""
+
+    def __init__(self, out, show, steps):
+        self.show, self.steps, self.started = show, steps, time.time()
+        self.rank0 = not dist.is_initialized() or dist.get_rank() == 0
+        if not self.rank0:
+            return
+        self.file = open(Path(out) / "metrics.jsonl", "w")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(out)
+        except ImportError:
+            self.board = None
+
+    def write(self, step, row):
+        """row: {metric name: number}. Printed values are rounded, the file keeps them as they are."""
+        if not self.rank0:
+            return
+        self.file.write(json.dumps({"step": step, **row}) + "\n")
+        self.file.flush()
+        for name, value in row.items():
+            if self.board is not None and value is not None:
+                self.board.add_scalar(name, value, step)
+        left = (time.time() - self.started) / (step + 1) * (self.steps - step - 1)
+        bar = "#" * round(10 * (step + 1) / self.steps)
+        shown = "  ".join(f"{name.rpartition('/')[2]} {row[name]:.4g}" for name in self.show if row.get(name) is not None)
+        print(f"[{bar:<10}] {step + 1}/{self.steps}  {shown}  {left:.0f} s left", flush=True)
+
+
+def peak_memory_gb(device):
+    """Peak memory of this rank in GB: the GPU's allocator, or the process's resident peak on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,183 @@
+"""Supervised fine-tuning: the policy that DVPO starts from, measures KL against, and builds its value model on.
+
+loss = -mean over response tokens, EOS included, of log pi(y_t | x, y_<t); the prompt is read and not trained.
+
+Departures from the paper: none known. The paper gives batch 16, learning rate 2e-5 with a cosine schedule and 2 warm-up
+steps, 3 epochs, no LoRA. It does not say which response of a prompt is taken: here the best-scored one.
+
+    python sft.py                                              the toy, on one CPU rank
+    deepspeed sft.py --model meta-llama/Meta-Llama-3-8B        openbmb/UltraFeedback, ZeRO-3, bf16
+
+reads   prompts of the SFT share of scored data or pairs (30 %, best response), or rows of prompt and answer as they are
+writes  runs/<model name>/sft: the model, its tokenizer with a chat template, args.json, metrics.jsonl
+
+Legend: B rows, P prompt slots (left padded), R response slots (right padded), T = P + R, V vocabulary.
+"""
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from common import (MetricLog, all_sum, answer_ids, chat_ids, collate, ds_config, dtype_of, epoch_rows, init_distributed,
+                    load_policy, load_tokenizer, lora_targets, output_folder, parse_args, peak_memory_gb, print0,
+                    save_model, seed_everything, set_lr, split_batch)
+from data import BadInput, prompt_text, read_data, report_drops, split_of
+
+
+@dataclass
+class Args:
+    # model
+    model: str = "toy"  # Hugging Face id or folder; names the run folder
+    base_model: str = ""  # weights to start from, when they are not --model
+    lora_r: int = 0  # LoRA rank, merged at the end; 0 trains every weight
+    lora_alpha: int = 32  # LoRA scale is alpha / r
+    lora_dropout: float = 0.1  # dropout on the LoRA input while training
+    # data
+    data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file
+    split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
+    allow_dropped: bool = False  # go on when more than 10 % of the responses had to be dropped
+    max_length: int = 1024  # prompt + response; longer rows are dropped and counted [tokens]
+    # optimisation
+    lr: float = 2e-5  # peak learning rate of the cosine schedule
+    warmup_steps: int = 2  # linear warm-up [optimizer steps]
+    epochs: int = 3  # passes over the data
+    max_steps: int = -1  # stop after this many, whatever epochs says; -1: no limit [optimizer steps]
+    batch_size: int = 16  # rows of one optimizer step, over all ranks
+    micro_batch: int = 1  # rows of one forward pass on one rank
+    max_grad_norm: float = 1.0  # gradient clipping
+    # run
+    ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
+    output_dir: str = ""  # default runs/<model name>/sft
+    eval_every: int = 100  # held-out loss [optimizer steps]
+    seed: int = 1  # initial LoRA weights, dropout and data order
+    local_rank: int = -1  # set by the deepspeed launcher
+
+
+# ---- the algorithm ---------------------------------------------------------------------------------------------
+
+def sft_loss(logits, ids, mask, P):
+    """Sum of -log pi(y_t | x, y_<t) over response tokens, and their number.
+
+    # ids            p0  p1 | y0  y1  y2  EOS pad      P = 2 prompt slots (left padded), R = 5 response slots
+    # log pi(y_t)    read at P + t - 1                 slice [:, P-1 : T-1]   (state before the token)
+    # mask                    1   1   1   1   0        EOS is trained, nothing after it is
+    logits: [B, 1 + R, V], of the positions P-1 .. T-1;  ids: [B, T];  mask: [B, R]
+    """
+    logp = torch.log_softmax(logits[:, :-1].float(), dim=-1)                       # [B, R, V]
+    chosen = logp.gather(-1, ids[:, P:, None]).squeeze(-1)                         # [B, R]
+    return -(chosen * mask).sum(), mask.sum()
+
+
+def learning_rate(step, steps, args):
+    """Linear warm-up, then half a cosine down to 0 after the last of `steps` optimizer steps."""
+    if step < args.warmup_steps:
+        return args.lr * (step + 1) / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ---- data ------------------------------------------------------------------------------------------------------
+
+def sft_rows(records, tokenizer, args):
+    """(train, held-out) lists of (prompt ids, response ids): the best-scored response of each prompt of the SFT
+    share, or, where the data has one answer and no scores, every row that is not held out."""
+    train, test, dropped = [], [], Counter()
+    for record in records:
+        share = split_of(prompt_text(record["prompt"]), args.split_seed)
+        if share not in ("sft", "test") and record["shape"] not in ("instruction", "chat"):
+            continue
+        # the first response wins a tie; pairs list the chosen one first and may have no scores
+        best = max(record["responses"], key=lambda r: r["score"] if r["score"] is not None else 0.0)
+        row = chat_ids(tokenizer, record["prompt"]), answer_ids(tokenizer, best["text"])
+        if len(row[0]) + len(row[1]) > args.max_length:
+            dropped[f"prompt + response over --max_length {args.max_length}"] += 1
+        else:
+            (test if share == "test" else train).append(row)
+    report_drops(dropped, len(train) + len(test) + sum(dropped.values()), args.data, args.allow_dropped, log=print0)
+    if not train:
+        raise BadInput(f"--data {args.data}: no row is left to train on; its prompts are too few for the SFT share.")
+    return train, test
+
+
+def batch_loss(model, rows, tokenizer, device):
+    batch = collate(*zip(*rows), tokenizer.pad_token_id, device)
+    logits = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
+                   logits_to_keep=batch.mask.shape[1] + 1, use_cache=False).logits
+    return sft_loss(logits, batch.ids, batch.mask, batch.P)
+
+
+@torch.no_grad()
+def held_out_loss(engine, rows, tokenizer, args, rank, world, device):
+    """Mean loss per response token. Every rank runs the same number of batches: ZeRO-3 would hang otherwise."""
+    engine.eval()
+    total = count = 0
+    for i in range(0, len(rows) // world * world, args.micro_batch * world):
+        share = rows[i:i + args.micro_batch * world][rank::world]
+        if share:
+            loss, n = batch_loss(engine, share, tokenizer, device)
+            total, count = total + loss.item(), count + n.item()
+    engine.train()
+    total, count = all_sum(total, count, device=device)
+    return total / max(count, 1)
+
+
+def main(args):
+    import deepspeed  # here, so that --help and a mistyped flag answer at once
+    rank, world, device = init_distributed()
+    accum = split_batch(args.batch_size, args.micro_batch, world)
+    seed_everything(args.seed)
+    out = output_folder(args, "sft")
+    config = ds_config(args.ds_config, args.micro_batch, args.max_grad_norm)
+    base = args.base_model or args.model
+    tokenizer = load_tokenizer(base)
+    train, test = sft_rows(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
+    model = load_policy(base, tokenizer, dtype_of(config))
+    # One label in the config: stock transformers then puts one-label value and reward heads on this model unasked.
+    model.config.num_labels = 1
+    if args.lora_r:
+        from peft import LoraConfig, get_peft_model
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha,
+                                                 lora_dropout=args.lora_dropout, target_modules=lora_targets(model)),
+                               autocast_adapter_dtype=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    steps = math.ceil(args.epochs * len(train) / args.batch_size)
+    steps = min(steps, args.max_steps) if args.max_steps > 0 else steps
+    print0(f"sft: {len(train)} rows, {len(test)} held out; optimizer batch {args.batch_size} = {world} ranks x micro "
+           f"batch {args.micro_batch} x {accum} accumulation; {steps} steps")
+
+    log = MetricLog(out, show=["loss", "eval/loss", "lr", "timing/step_total"], steps=steps)
+    for step in range(steps):
+        started = time.time()
+        # 1. batch: rows of this optimizer step, dealt to the ranks
+        rows = [train[i] for i in epoch_rows(len(train), step * args.batch_size, args.batch_size, args.seed)][rank::world]
+        tokens = sum(len(response) for _, response in rows)
+        all_tokens, = all_sum(tokens, device=device)
+
+        # 2. update: DeepSpeed averages gradients over ranks, so a token mean is sum * ranks / tokens of all ranks
+        engine.train()
+        total = 0.0
+        for i in range(0, len(rows), args.micro_batch):
+            loss, _ = batch_loss(engine, rows[i:i + args.micro_batch], tokenizer, device)
+            engine.backward(loss * world / all_tokens)
+            total += loss.item()
+        set_lr(engine, learning_rate(step, steps, args))
+        engine.step()
+
+        # 3. log
+        total, = all_sum(total, device=device)
+        row = {"loss": total / all_tokens, "lr": learning_rate(step, steps, args), "num_tokens": all_tokens,
+               "grad_norm": float(engine.get_global_grad_norm() or 0.0), "timing/step_total": time.time() - started,
+               "memory/peak_gb": peak_memory_gb(device)}
+        if test and (step + 1 == steps or (step + 1) % args.eval_every == 0):
+            row["eval/loss"] = held_out_loss(engine, test, tokenizer, args, rank, world, device)
+        log.write(step, row)
+    save_model(engine, tokenizer, out, base=base if args.lora_r else None)
+    print0(f"sft: saved to {out}")
+
+
+if __name__ == "__main__":
+    main(parse_args(Args))
