@@ -1,5 +1,9 @@
-# Two commands: `make demo` (install, then the whole method on the toy world) and `make test` (install, then the tests).
+# Two commands: `make demo` (install, then the whole method on the toy world)
+# and `make test` (install, then the tests).
 VENV = .venv
+# DeepSpeed compiles into a folder of this environment: shared with another one it would be rebuilt
+# at every switch.
+export TORCH_EXTENSIONS_DIR = $(CURDIR)/$(VENV)/torch_extensions
 PYTHON = $(VENV)/bin/python
 LAUNCH = PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(VENV)/bin/deepspeed --num_gpus 1
 

@@ -3,7 +3,8 @@ generation, the TD target (Eq. 1), the batch-normalized advantage (Eq. 2), savin
 
 What differs between stages (alignment slices, losses, the loop) is written out in each script, on purpose.
 
-Legend for shapes: B rows, P prompt slots (left padded), R response slots (right padded), T = P + R, V vocabulary.
+Legend for shapes: B rows, P prompt slots (left padded), R response slots (right padded), T = P + R,
+V vocabulary.
 """
 
 import contextlib
@@ -25,11 +26,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser, LogitsProcessor, LogitsProcessorList)
+                          AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser,
+                          LogitsProcessor, LogitsProcessorList)
 
 from data import BadInput
 
-# Stored in the tokenizer when a base model brings none, so that every later stage and any server render alike.
+# Stored in the tokenizer when a base model brings none, so that every later stage
+# and any server render alike.
 DEFAULT_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
     "{{ 'Assistant:\n' + m['content'] + eos_token + '\n' }}{% else %}"
@@ -38,20 +41,21 @@ DEFAULT_CHAT_TEMPLATE = (
 )
 
 
-# ---- arguments, ranks, folders ---------------------------------------------------------------------------------
+# ---- arguments, ranks, folders -----------------------------------------------------------------------------
 
 def parse_args(cls, argv=None):
     """Command line -> dataclass. The trailing `  # comment` of a field is its --help text.
 
-    With `--model toy` the values of toy/defaults.py replace the defaults of the fields they name; nothing else in
-    the project looks at a model's name. Flags typed on the command line win over both.
+    With `--model toy` the values of toy/defaults.py replace the defaults of the fields they name; nothing
+    else in the project looks at a model's name. Flags typed on the command line win over both.
     """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
     for field in dataclasses.fields(cls):
         field.metadata = {"help": comments.get(field.name, "").replace("%", "%%") or None}
-    parser = HfArgumentParser(cls, description=inspect.getmodule(cls).__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = HfArgumentParser(cls, description=inspect.getmodule(cls).__doc__.split("\n\n")[0],
+                              allow_abbrev=False)
     values = parser.parse_args(argv)
-    if values.model == "toy":
+    if getattr(values, "model", "") == "toy":
         from toy.defaults import DEFAULTS
         names = {field.name for field in dataclasses.fields(cls)}
         toy = DEFAULTS[Path(inspect.getfile(cls)).stem]
@@ -61,24 +65,28 @@ def parse_args(cls, argv=None):
 
 
 def init_distributed():
-    """Join the process group of the `deepspeed` launcher, or make one of a single rank for `python script.py`.
+    """Join the process group of the `deepspeed` launcher, or make one of a single
+    rank for `python script.py`.
 
     Returns (rank, world, device). NCCL on GPUs, gloo on the CPU.
     """
     if not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "c++")):
-        raise BadInput("DeepSpeed compiles a small communication library at its first use on the CPU and needs a C++ "
-                       "compiler: install one (for example `apt-get install g++`) or set CXX to its path.")
+        raise BadInput("DeepSpeed compiles a small communication library at its first use on the CPU and "
+                       "needs a C++ compiler: install one (for example `apt-get install g++`) or set CXX to "
+                       "its path.")
     import deepspeed
     import logging
     from transformers.utils import logging as transformers_logging
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()  # a value head is missing from an SFT model by design: no report of it
+    # A value head is missing from an SFT model by design: no report of it
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
     deepspeed.init_distributed(verbose=False)
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -93,19 +101,22 @@ def print0(*text):
 
 
 def seed_everything(seed):
-    """Seed what the libraries draw from (initial weights, dropout). Data order and sampling have seeds of their own."""
+    """Seed what the libraries draw from (initial weights, dropout).
+    Data order and sampling have seeds of their own."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def keyed_rng(*key):
-    """A numpy generator keyed by integers, e.g. (seed, step): the same draw on every rank and after a restart."""
+    """A numpy generator keyed by integers, e.g. (seed, step): the same draw on every
+    rank and after a restart."""
     return np.random.default_rng([int(k) for k in key])
 
 
 def split_batch(batch_size, micro_batch, world):
-    """batch_size = ranks x micro batch x accumulation. Returns the accumulation steps; ValueError-free by one sentence."""
+    """batch_size = ranks x micro batch x accumulation. Returns the accumulation steps;
+    ValueError-free by one sentence."""
     if min(batch_size, micro_batch) < 1 or batch_size % (micro_batch * world):
         raise BadInput(f"--batch_size {batch_size} must be a positive multiple of ranks x --micro_batch = "
                        f"{world} x {micro_batch}: change one of the two.")
@@ -113,8 +124,8 @@ def split_batch(batch_size, micro_batch, world):
 
 
 def epoch_rows(n, start, count, seed):
-    """Rows start..start+count of an endless stream of shuffled epochs over n rows: data order is a function of the
-    step alone, so it does not depend on the number of ranks and needs no state to resume."""
+    """Rows start..start+count of an endless stream of shuffled epochs over n rows: data order is a function
+    of the step alone, so it does not depend on the number of ranks and needs no state to resume."""
     rows = []
     for i in range(start, start + count):
         epoch, place = divmod(i, n)
@@ -125,20 +136,22 @@ def epoch_rows(n, start, count, seed):
 
 
 def output_folder(args, stage):
-    """runs/<model name>/<stage> unless --output_dir says otherwise; made at once, so that an unwritable place shows
-    before the expensive work. args.json in it is what ran."""
+    """runs/<model name>/<stage> unless --output_dir says otherwise; made at once, so that an unwritable place
+    shows before the expensive work. args.json in it is what ran."""
     out = Path(args.output_dir or Path("runs") / Path(args.model).name / stage)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not dist.is_initialized() or dist.get_rank() == 0:
             (out / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
     except OSError as e:
-        raise BadInput(f"--output_dir {out}: cannot write there ({e.strerror}); choose another folder.") from None
+        raise BadInput(f"--output_dir {out}: cannot write there ({e.strerror}); choose another "
+                       f"folder.") from None
     return out
 
 
 def stage_folder(model, stage, override, flag, command):
-    """The folder an earlier stage wrote: `override` if given, else runs/<model name>/<stage>. Hub ids pass as they are."""
+    """The folder an earlier stage wrote: `override` if given, else runs/<model name>/<stage>.
+    Hub ids pass as they are."""
     if override and not override.startswith((".", "/", "runs/")) and not Path(override).exists():
         return override  # a hub id: from_pretrained finds it or says what is wrong
     folder = Path(override or Path("runs") / Path(model).name / stage)
@@ -148,24 +161,27 @@ def stage_folder(model, stage, override, flag, command):
 
 
 def load_plug(spec, flag):
-    """`module:function` -> the function. How values (--value_fn) and truth (--truth_fn) of your own come in."""
+    """`module:function` -> the function. How values (--value_fn) and truth
+    (--truth_fn) of your own come in."""
     module, _, function = spec.partition(":")
     sys.path.insert(0, os.getcwd())  # the module may lie where the command is typed
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
-        raise BadInput(f"{flag} {spec}: {e}; expected module:function, for example toy.exact:values.") from None
+        raise BadInput(f"{flag} {spec}: {e}; expected module:function, for example "
+                       f"toy.exact:values.") from None
     finally:
         sys.path.pop(0)
 
 
-# ---- DeepSpeed -------------------------------------------------------------------------------------------------
+# ---- DeepSpeed ---------------------------------------------------------------------------------------------
 
 def ds_config(path, micro_batch=1, max_grad_norm=1.0):
     """Read a DeepSpeed JSON (precision, ZeRO and offload only) and add what the script knows.
 
-    With `managed_gradient_accumulation` off, engine.backward only adds to the gradients and engine.step applies them,
-    as in plain PyTorch. The managed form silently keeps only the last backward (ZeRO-1/2) when the counts disagree.
+    With `managed_gradient_accumulation` off, engine.backward only adds to the gradients and
+    engine.step applies them, as in plain PyTorch. The managed form silently keeps only the last
+    backward (ZeRO-1/2) when the counts disagree.
     """
     try:
         config = json.loads(Path(path).read_text())
@@ -185,14 +201,16 @@ def zero_stage(config):
 
 
 def freeze(model, config, device):
-    """A model that is only read: gradients off, dropout off; sharded over the ranks when the config says ZeRO-3."""
+    """A model that is only read: gradients off, dropout off; sharded over the ranks
+    when the config says ZeRO-3."""
     model.requires_grad_(False).eval()
     if zero_stage(config) < 3:
         return model.to(device)
     import deepspeed
     keys = ("bf16", "zero_optimization", "train_micro_batch_size_per_gpu")
     frozen = {k: config[k] for k in keys if k in config}
-    frozen["zero_optimization"] = {k: v for k, v in frozen["zero_optimization"].items() if k != "offload_optimizer"}
+    frozen["zero_optimization"] = {k: v for k, v in frozen["zero_optimization"].items()
+                                   if k != "offload_optimizer"}
     engine, *_ = deepspeed.initialize(model=model, config=frozen)
     engine.eval()
     return engine
@@ -220,7 +238,7 @@ def gather_rows(rows):
     return [row for part in parts for row in part]
 
 
-# ---- models and tokenizers -------------------------------------------------------------------------------------
+# ---- models and tokenizers ---------------------------------------------------------------------------------
 
 def pretrained(cls, path, flag="--model", **kwargs):
     """cls.from_pretrained with the usual failures turned into one sentence."""
@@ -240,20 +258,23 @@ def pretrained(cls, path, flag="--model", **kwargs):
 def load_tokenizer(path, flag="--model"):
     """Tokenizer with a chat template, an end-of-turn token as EOS and some pad token.
 
-    Pad is EOS where the tokenizer has none (Llama-3): harmless, because every mask here comes from lengths and never
-    from comparing ids. EOS becomes the special token that the chat template puts behind an assistant turn, which for
-    chat models is not always the tokenizer's own EOS (Gemma's <end_of_turn>): one rule for training and stopping.
+    Pad is EOS where the tokenizer has none (Llama-3): harmless, because every mask here comes from lengths
+    and never from comparing ids. EOS becomes the special token that the chat template puts behind an
+    assistant turn, which for chat models is not always the tokenizer's own EOS (Gemma's <end_of_turn>): one
+    rule for training and stopping.
     """
     tokenizer = pretrained(AutoTokenizer, path, flag)
     if tokenizer.eos_token_id is None:
-        raise BadInput(f"{flag} {path}: its tokenizer has no EOS token; set one with tokenizer.eos_token and save it.")
+        raise BadInput(f"{flag} {path}: its tokenizer has no EOS token; set one with tokenizer.eos_token and "
+                       f"save it.")
     if not tokenizer.chat_template:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
     try:
         tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")[2]
     except Exception as e:  # a template is a program of its author's, and can fail in any way
-        raise BadInput(f"{flag} {path}: its chat template fails on a user and an assistant turn ({e}).") from None
+        raise BadInput(f"{flag} {path}: its chat template fails on a user and an assistant turn "
+                       f"({e}).") from None
     ids = tokenizer(tail.strip(), add_special_tokens=False).input_ids
     added = tokenizer.added_tokens_decoder
     if ids and ids[0] in added and added[ids[0]].special:
@@ -264,12 +285,14 @@ def load_tokenizer(path, flag="--model"):
 
 
 def load_policy(path, tokenizer, dtype, flag="--model"):
-    """Causal LM whose samples and log-probs agree: no dropout, and none of the checkpoint's sampling settings."""
+    """Causal LM whose samples and log-probs agree: no dropout, and none of the
+    checkpoint's sampling settings."""
     model = pretrained(AutoModelForCausalLM, path, flag, dtype=dtype)
     if model.get_input_embeddings().num_embeddings < len(tokenizer):
         raise BadInput(f"{flag} {path}: the tokenizer has {len(tokenizer)} tokens, the model only "
                        f"{model.get_input_embeddings().num_embeddings}: they do not belong together.")
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id,
+                                               bos_token_id=tokenizer.bos_token_id,
                                                pad_token_id=tokenizer.pad_token_id)
     return disable_dropout(model)
 
@@ -277,8 +300,9 @@ def load_policy(path, tokenizer, dtype, flag="--model"):
 def load_value_base(path, dtype, flag="--sft_model"):
     """The backbone of `path` with a new one-label head on every token.
 
-    The head's own dropout defaults to 0.1 in transformers and can only be turned off through the config. The head
-    starts small and random: from a zero head LoRA gets no gradient at first, and in our trials it never recovered.
+    The head's own dropout defaults to 0.1 in transformers and can only be turned off through the
+    config. The head starts small and random: from a zero head LoRA gets no gradient at first, and in
+    our trials it never recovered.
     """
     config = pretrained(AutoConfig, path, flag, num_labels=1)
     config.classifier_dropout = 0.0
@@ -287,7 +311,8 @@ def load_value_base(path, dtype, flag="--sft_model"):
 
 
 def value_head(model):
-    """The Linear(h, 1) of a token-classification model: `score` on Llama-like models, `classifier` on GPT-2."""
+    """The Linear(h, 1) of a token-classification model: `score` on Llama-like
+    models, `classifier` on GPT-2."""
     return model.score if hasattr(model, "score") else model.classifier
 
 
@@ -300,7 +325,8 @@ def load_gvm(folder, dtype):
         settings = json.loads((folder / "gvm.json").read_text())
         with safe_open(folder / "adapter_model.safetensors", "pt") as f:
             if not any(re.search(r"\.(score|classifier)\.weight$", key) for key in f.keys()):
-                raise BadInput(f"{folder}: the value head is missing from adapter_model.safetensors; train it again.")
+                raise BadInput(f"{folder}: the value head is missing from adapter_model.safetensors; "
+                               f"train it again.")
     except (OSError, ValueError) as e:
         raise BadInput(f"--value_model {folder}: not a folder that train_gvm.py wrote ({e}).") from None
     base = load_value_base(settings["base_model"], dtype, flag=f"base model of --value_model {folder}:")
@@ -309,10 +335,11 @@ def load_gvm(folder, dtype):
 
 @torch.no_grad()
 def reward_model_scores(folder, chats, dtype, device, micro_batch=8, flag="--reward_model"):
-    """Scores of any one-label sequence classifier (a folder, a peft adapter folder or a hub id), one float a chat.
+    """Scores of any one-label sequence classifier (a folder, a peft adapter folder or
+    a hub id), one float a chat.
 
-    chats: (prompt messages, answer text) pairs. They are rendered with the reward model's own tokenizer and template,
-    because its vocabulary need not be the policy's, and read at the answer's last token.
+    chats: (prompt messages, answer text) pairs. They are rendered with the reward model's own tokenizer and
+    template, because its vocabulary need not be the policy's, and read at the answer's last token.
     """
     tokenizer = load_tokenizer(folder, flag)
     if (Path(folder) / "adapter_config.json").exists():
@@ -330,13 +357,15 @@ def reward_model_scores(folder, chats, dtype, device, micro_batch=8, flag="--rew
                                for prompt, text in chats[i:i + micro_batch]]), tokenizer.pad_token_id, device)
         hidden = backbone.base_model(input_ids=batch.ids, attention_mask=batch.attention,
                                      position_ids=batch.positions).last_hidden_state
-        last = batch.P + batch.mask.sum(1) - 1   # not "the last id that is not pad": pad may be the EOS itself
+        # The answer's last token, and not "the last id that is not pad": pad may be the EOS itself
+        last = batch.P + batch.mask.sum(1) - 1
         scores += head(hidden[torch.arange(len(last), device=last.device), last])[:, 0].float().tolist()
     return scores
 
 
 def disable_dropout(model):
-    """Dropout off for good, in train mode too: with it on, ratio 1 and KL 0 at the first step would be false."""
+    """Dropout off for good, in train mode too: with it on, ratio 1 and KL 0 at the
+    first step would be false."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -350,11 +379,12 @@ def disable_dropout(model):
 
 
 def lora_targets(model):
-    """Names of the linear layers that LoRA adapts: all of them but the heads ("all-linear" would take a value head
-    for one of them)."""
+    """Names of the linear layers that LoRA adapts: all of them but the heads ("all-linear" would take a
+    value head for one of them)."""
     from transformers.pytorch_utils import Conv1D
     heads = {"lm_head", "score", "classifier"}
-    names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    names = {name.rpartition(".")[2] for name, m in model.named_modules()
+             if isinstance(m, (torch.nn.Linear, Conv1D))}
     return sorted(names - heads)
 
 
@@ -364,20 +394,23 @@ def tokenizer_fingerprint(tokenizer):
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
-# ---- chat text as token ids ------------------------------------------------------------------------------------
+# ---- chat text as token ids --------------------------------------------------------------------------------
 
 def chat_ids(tokenizer, messages, tau=()):
-    """Token ids of a prompt, up to where the answer starts; tau = (question, answer) pairs put in front as earlier
-    turns of the same chat. The template writes BOS itself, so no special tokens are added a second time."""
+    """Token ids of a prompt, up to where the answer starts; tau = (question, answer) pairs put
+    in front as earlier turns of the same chat. The template writes BOS itself, so no special
+    tokens are added a second time."""
     system = [m for m in messages if m["role"] == "system"]
-    turns = [{"role": role, "content": text} for pair in tau for role, text in zip(("user", "assistant"), pair)]
+    turns = [{"role": role, "content": text}
+             for pair in tau for role, text in zip(("user", "assistant"), pair)]
     chat = system + turns + [m for m in messages if m["role"] != "system"]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def answer_ids(tokenizer, text):
-    """Token ids of a complete answer, EOS included. Tokenized apart from the prompt, as it will be generated."""
+    """Token ids of a complete answer, EOS included. Tokenized apart from the
+    prompt, as it will be generated."""
     return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
@@ -397,7 +430,8 @@ Batch = namedtuple("Batch", "ids attention positions mask P")
 
 
 def collate(prompts, responses, pad_id, device="cpu"):
-    """Lists of token ids -> one padded batch: prompts padded on the left to P slots, responses on the right to R.
+    """Lists of token ids -> one padded batch: prompts padded on the left to P slots,
+    responses on the right to R.
 
     ids, attention, positions: [B, T] long;  mask: [B, R] bool, True on every response token, EOS included.
     """
@@ -412,13 +446,14 @@ def collate(prompts, responses, pad_id, device="cpu"):
     return Batch(ids.to(device), attention.to(device), positions.to(device), mask.to(device), P)
 
 
-# ---- generation ------------------------------------------------------------------------------------------------
+# ---- generation --------------------------------------------------------------------------------------------
 
 class GumbelNoise(LogitsProcessor):
-    """Sampling as argmax(logits / temperature + Gumbel noise), the noise of a row drawn from the row's own seed.
+    """Sampling as argmax(logits / temperature + Gumbel noise), the noise of a row
+    drawn from the row's own seed.
 
-    The argmax is an exact sample of softmax(logits / temperature), and what a row says does not depend on the rows
-    beside it, on the batch's layout or on the number of ranks.
+    The argmax is an exact sample of softmax(logits / temperature), and what a row says does not depend on the
+    rows beside it, on the batch's layout or on the number of ranks.
     """
 
     def __init__(self, seeds, temperature, device):
@@ -433,9 +468,11 @@ class GumbelNoise(LogitsProcessor):
 
 @contextlib.contextmanager
 def whole_weights(engine):
-    """The plain module behind an engine, ready to generate. Under ZeRO-3 the weights are gathered once: a gather per
-    token and layer would be far slower. DeepSpeed's hooks are put back even when generation raises."""
-    if not hasattr(engine, "module") or not hasattr(engine, "optimizer") or engine.zero_optimization_stage() < 3:
+    """The plain module behind an engine, ready to generate. Under ZeRO-3 the weights are
+    gathered once: a gather per token and layer would be far slower. DeepSpeed's hooks are put
+    back even when generation raises."""
+    if (not hasattr(engine, "module") or not hasattr(engine, "optimizer")
+            or engine.zero_optimization_stage() < 3):
         yield getattr(engine, "module", engine)
         return
     from deepspeed.runtime.zero import unwrap_model_for_generation
@@ -454,7 +491,8 @@ def generate(engine, prompts, seeds, max_new_tokens, temperature, tokenizer, dev
     """Sample one answer per prompt from softmax(logits / temperature); temperature 0 is greedy.
 
     prompts: B lists of token ids;  seeds: B integers, one per row
-    returns  B lists of sampled ids, cut behind the first EOS; an answer without EOS was truncated at max_new_tokens
+    returns  B lists of sampled ids, cut behind the first EOS; an answer without EOS was truncated at
+             max_new_tokens
     """
     answers = []
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
@@ -463,7 +501,8 @@ def generate(engine, prompts, seeds, max_new_tokens, temperature, tokenizer, dev
         was_training = model.training
         model.eval()
         for i in range(0, len(prompts), batch):
-            rows = collate(prompts[i:i + batch], [[]] * len(prompts[i:i + batch]), tokenizer.pad_token_id, device)
+            rows = collate(prompts[i:i + batch], [[]] * len(prompts[i:i + batch]), tokenizer.pad_token_id,
+                           device)
             noise = [GumbelNoise(seeds[i:i + batch], temperature, device)] if temperature > 0 else []
             out = model.generate(rows.ids, attention_mask=rows.attention, generation_config=config,
                                  logits_processor=LogitsProcessorList(noise))
@@ -474,13 +513,15 @@ def generate(engine, prompts, seeds, max_new_tokens, temperature, tokenizer, dev
     return answers
 
 
-# ---- the two equations -----------------------------------------------------------------------------------------
+# ---- the two equations -------------------------------------------------------------------------------------
 
 def td_targets(q, reward, mask, gamma, lam):
     """TD(lambda) targets of one sentence-level reward (Eq. 1 is lambda = 0).
 
-    G_t = r_t + gamma ((1 - lambda) sg[Q_{t+1}] + lambda G_{t+1}),  r_t = 0 before the last token T, G_T = r(x, y)
-    G_0 = (1 - lambda) sg[Q_1] + lambda G_1: slot 0 is V(s_1), no token and so no discount lies between it and Q_1
+    G_t = r_t + gamma ((1 - lambda) sg[Q_{t+1}] + lambda G_{t+1}),  r_t = 0 before the last token T
+    G_T = r(x, y)
+    G_0 = (1 - lambda) sg[Q_1] + lambda G_1:  slot 0 is V(s_1), no token and so no discount lies between
+                                              it and Q_1
     q:      [B, 1 + R] slot 0 = V(s_1) at the last prompt token, slot t = Q(tau, s_t, a_t);  reward: [B]
     mask:   [B, R] bool
     returns [B, 1 + R], no gradient, zero where there is no token
@@ -499,10 +540,10 @@ def td_targets(q, reward, mask, gamma, lam):
 def td_loss(q, reward, mask, gamma, lam):
     """Sum over the valued slots of (G_t - Q_t)^2, and their number (Eq. 1 with TD(lambda) targets).
 
-    The caller divides by the number of slots of the whole optimizer batch, so that the gradient does not depend on
-    how rows are dealt into micro batches and ranks. Shapes as in td_targets.
+    The caller divides by the number of slots of the whole optimizer batch, so that the gradient does not
+    depend on how rows are dealt into micro batches and ranks. Shapes as in td_targets.
     """
-    slots = torch.cat([mask.any(1, keepdim=True), mask], dim=1)  # [B, 1 + R] the last prompt token is valued too
+    slots = torch.cat([mask.any(1, keepdim=True), mask], dim=1)  # [B, 1 + R], the last prompt token's too
     error = (td_targets(q, reward, mask, gamma, lam) - q) * slots
     return error.square().sum(), slots.sum()
 
@@ -510,7 +551,8 @@ def td_loss(q, reward, mask, gamma, lam):
 def batch_normalize(q, mask, eps=1e-8):
     """Advantage of DVPO: the frozen read-out normalized over the whole batch, all ranks (Eq. 2).
 
-    mu = mean(q[mask]),  sigma^2 = mean((q[mask] - mu)^2), biased as in the paper;  A = (q - mu) / (sigma + eps)
+    mu = mean(q[mask]),  sigma^2 = mean((q[mask] - mu)^2), biased as in the paper
+    A = (q - mu) / (sigma + eps)
     q: [B, R] float32, units of reward;  mask: [B, R] bool
     returns (A [B, R] unitless and zero where mask is 0,  mu,  sigma)
     """
@@ -522,7 +564,7 @@ def batch_normalize(q, mask, eps=1e-8):
     return (q - mu) / (sigma + eps) * mask, mu, sigma
 
 
-# ---- saving ----------------------------------------------------------------------------------------------------
+# ---- saving ------------------------------------------------------------------------------------------------
 
 def replace_files(saving, out):
     """Move a finished folder's files over the old ones; a crash while writing leaves the old ones alone."""
@@ -561,10 +603,11 @@ def save_model(engine, tokenizer, out, base=None, extra=None):
     dist.barrier()
 
 
-# ---- the log ---------------------------------------------------------------------------------------------------
+# ---- the log -----------------------------------------------------------------------------------------------
 
 class MetricLog:
-    """metrics.jsonl, one stdout line a step with the fields named in `show`, TensorBoard when it is installed."""
+    """metrics.jsonl, one stdout line a step with the fields named in `show`, TensorBoard when it is
+    installed."""
 
     def __init__(self, out, show, steps):
         self.show, self.steps, self.started = show, steps, time.time()
@@ -589,7 +632,8 @@ class MetricLog:
                 self.board.add_scalar(name, value, step)
         left = (time.time() - self.started) / (step + 1) * (self.steps - step - 1)
         bar = "#" * round(10 * (step + 1) / self.steps)
-        shown = "  ".join(f"{name.rpartition('/')[2]} {row[name]:.4g}" for name in self.show if row.get(name) is not None)
+        shown = "  ".join(f"{name.rpartition('/')[2]} {row[name]:.4g}" for name in self.show
+                          if row.get(name) is not None)
         print(f"[{bar:<10}] {step + 1}/{self.steps}  {shown}  {left:.0f} s left", flush=True)
 
 

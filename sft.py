@@ -1,14 +1,17 @@
-"""Supervised fine-tuning: the policy that DVPO starts from, measures KL against, and builds its value model on.
+"""Supervised fine-tuning: the policy that DVPO starts from, measures KL against,
+and builds its value model on.
 
 loss = -mean over response tokens, EOS included, of log pi(y_t | x, y_<t); the prompt is read and not trained.
 
-Departures from the paper: none known. The paper gives batch 16, learning rate 2e-5 with a cosine schedule and 2 warm-up
-steps, 3 epochs, no LoRA. It does not say which response of a prompt is taken: here the best-scored one.
+Departures from the paper: none known. The paper gives batch 16, learning rate 2e-5 with a cosine
+schedule and 2 warm-up steps, 3 epochs, no LoRA. It does not say which response of a prompt is
+taken: here the best-scored one.
 
     python sft.py                                              the toy, on one CPU rank
     deepspeed sft.py --model meta-llama/Meta-Llama-3-8B        openbmb/UltraFeedback, ZeRO-3, bf16
 
-reads   prompts of the SFT share of scored data or pairs (30 %, best response), or rows of prompt and answer as they are
+reads   prompts of the SFT share of scored data or pairs (30 %, best response), or rows of prompt and answer
+        as they are
 writes  runs/<model name>/sft: the model, its tokenizer with a chat template, args.json, metrics.jsonl
 
 Legend: B rows, P prompt slots (left padded), R response slots (right padded), T = P + R, V vocabulary.
@@ -21,9 +24,9 @@ from dataclasses import dataclass
 
 import torch
 
-from common import (MetricLog, all_sum, answer_ids, chat_ids, collate, ds_config, dtype_of, epoch_rows, init_distributed,
-                    load_policy, load_tokenizer, lora_targets, output_folder, parse_args, peak_memory_gb, print0,
-                    save_model, seed_everything, set_lr, split_batch)
+from common import (MetricLog, all_sum, answer_ids, chat_ids, collate, ds_config, dtype_of, epoch_rows,
+                    init_distributed, load_policy, load_tokenizer, lora_targets, output_folder, parse_args,
+                    peak_memory_gb, print0, save_model, seed_everything, set_lr, split_batch)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
 
@@ -56,7 +59,7 @@ class Args:
     local_rank: int = -1  # set by the deepspeed launcher
 
 
-# ---- the algorithm ---------------------------------------------------------------------------------------------
+# ---- the algorithm -----------------------------------------------------------------------------------------
 
 def sft_loss(logits, ids, mask, P):
     """Sum of -log pi(y_t | x, y_<t) over response tokens, and their number.
@@ -79,11 +82,11 @@ def learning_rate(step, steps, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ---- data ------------------------------------------------------------------------------------------------------
+# ---- data --------------------------------------------------------------------------------------------------
 
 def sft_rows(records, tokenizer, args):
-    """(train, held-out) lists of (prompt ids, response ids): the best-scored response of each prompt of the SFT
-    share, or, where the data has one answer and no scores, every row that is not held out."""
+    """(train, held-out) lists of (prompt ids, response ids): the best-scored response of each prompt of the
+    SFT share, or, where the data has one answer and no scores, every row that is not held out."""
     train, test, dropped = [], [], Counter()
     for record in records:
         share = split_of(prompt_text(record["prompt"]), args.split_seed)
@@ -96,9 +99,11 @@ def sft_rows(records, tokenizer, args):
             dropped[f"prompt + response over --max_length {args.max_length}"] += 1
         else:
             (test if share == "test" else train).append(row)
-    report_drops(dropped, len(train) + len(test) + sum(dropped.values()), args.data, args.allow_dropped, log=print0)
+    report_drops(dropped, len(train) + len(test) + sum(dropped.values()), args.data, args.allow_dropped,
+                 log=print0)
     if not train:
-        raise BadInput(f"--data {args.data}: no row is left to train on; its prompts are too few for the SFT share.")
+        raise BadInput(f"--data {args.data}: no row is left to train on; its prompts are too few for the "
+                       f"SFT share.")
     return train, test
 
 
@@ -111,7 +116,8 @@ def batch_loss(model, rows, tokenizer, device):
 
 @torch.no_grad()
 def held_out_loss(engine, rows, tokenizer, args, rank, world, device):
-    """Mean loss per response token. Every rank runs the same number of batches: ZeRO-3 would hang otherwise."""
+    """Mean loss per response token. Every rank runs the same number of batches:
+    ZeRO-3 would hang otherwise."""
     engine.eval()
     total = count = 0
     for i in range(0, len(rows) // world * world, args.micro_batch * world):
@@ -135,29 +141,35 @@ def main(args):
     tokenizer = load_tokenizer(base)
     train, test = sft_rows(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
     model = load_policy(base, tokenizer, dtype_of(config))
-    # One label in the config: stock transformers then puts one-label value and reward heads on this model unasked.
+    # One label in the config: stock transformers then puts one-label value and reward
+    # heads on this model unasked.
     model.config.num_labels = 1
     if args.lora_r:
         from peft import LoraConfig, get_peft_model
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha,
-                                                 lora_dropout=args.lora_dropout, target_modules=lora_targets(model)),
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=args.lora_r,
+                                                 lora_alpha=args.lora_alpha,
+                                                 lora_dropout=args.lora_dropout,
+                                                 target_modules=lora_targets(model)),
                                autocast_adapter_dtype=False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
+                                  weight_decay=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     steps = math.ceil(args.epochs * len(train) / args.batch_size)
     steps = min(steps, args.max_steps) if args.max_steps > 0 else steps
-    print0(f"sft: {len(train)} rows, {len(test)} held out; optimizer batch {args.batch_size} = {world} ranks x micro "
-           f"batch {args.micro_batch} x {accum} accumulation; {steps} steps")
+    print0(f"sft: {len(train)} rows, {len(test)} held out; optimizer batch {args.batch_size} = {world} ranks "
+           f"x micro batch {args.micro_batch} x {accum} accumulation; {steps} steps")
 
     log = MetricLog(out, show=["loss", "eval/loss", "lr", "timing/step_total"], steps=steps)
     for step in range(steps):
         started = time.time()
         # 1. batch: rows of this optimizer step, dealt to the ranks
-        rows = [train[i] for i in epoch_rows(len(train), step * args.batch_size, args.batch_size, args.seed)][rank::world]
+        rows = [train[i] for i in epoch_rows(len(train), step * args.batch_size, args.batch_size,
+                                             args.seed)][rank::world]
         tokens = sum(len(response) for _, response in rows)
         all_tokens, = all_sum(tokens, device=device)
 
-        # 2. update: DeepSpeed averages gradients over ranks, so a token mean is sum * ranks / tokens of all ranks
+        # 2. update: DeepSpeed averages gradients over ranks, so a token mean is sum * ranks / tokens of
+        #    all ranks
         engine.train()
         total = 0.0
         for i in range(0, len(rows), args.micro_batch):
@@ -170,8 +182,8 @@ def main(args):
         # 3. log
         total, = all_sum(total, device=device)
         row = {"loss": total / all_tokens, "lr": learning_rate(step, steps, args), "num_tokens": all_tokens,
-               "grad_norm": float(engine.get_global_grad_norm() or 0.0), "timing/step_total": time.time() - started,
-               "memory/peak_gb": peak_memory_gb(device)}
+               "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+               "timing/step_total": time.time() - started, "memory/peak_gb": peak_memory_gb(device)}
         if test and (step + 1 == steps or (step + 1) % args.eval_every == 0):
             row["eval/loss"] = held_out_loss(engine, test, tokenizer, args, rank, world, device)
         log.write(step, row)

@@ -1,16 +1,20 @@
 """Decoupled Value Policy Optimization (DVPO): PPO without a reward model and without a critic in the loop.
 
 The advantage of a token is what the frozen global value model (GVM) says of it, normalized over the batch.
-    Eq. 2   A_t = (Q_t - mu) / (sigma + eps)         Q_t = Q(tau, s_t, a_t) - beta KL_t, over response tokens, all ranks
-    Eq. 3   L = -mean min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)      rho_t = pi(a_t | s_t) / pi_old(a_t | s_t)
-Why no terminal score: Q already estimates the return-to-go of every token, the reward at the end included. Why no
-critic: tau, K answers of the current policy, tells the one frozen GVM which policy it is valuing now.
+    Eq. 2   A_t = (Q_t - mu) / (sigma + eps)         over response tokens, all ranks
+            Q_t = Q(tau, s_t, a_t) - beta KL_t
+    Eq. 3   L = -mean min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)
+            rho_t = pi(a_t | s_t) / pi_old(a_t | s_t)
+Why no terminal score: Q already estimates the return-to-go of every token, the reward at the end included.
+Why no critic: tau, K answers of the current policy, tells the one frozen GVM which policy it is valuing now.
 
 Departures:
-D1  The KL penalty is folded into Q before the normalization, so that beta is in units of reward in every variant.
+D1  The KL penalty is folded into Q before the normalization, so that beta is in units of reward in every
+    variant.
 D2  tau is drawn anew each step from the policy's previous rollouts, one draw for all rows and ranks.
 D3  --advantage gae and released (the authors' code) are offered beside the paper's q.
-D4  The paper's "target KL 0.1" is read as the early stop on KL(old, new) per token; the controller has its own target.
+D4  The paper's "target KL 0.1" is read as the early stop on KL(old, new) per token; the controller has its
+    own target.
 
     python train_dvpo.py                                              the toy, on one CPU rank
     deepspeed train_dvpo.py --model meta-llama/Meta-Llama-3-8B        openbmb/UltraFeedback, ZeRO-3, bf16
@@ -27,12 +31,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
-from common import (MetricLog, all_sum, batch_normalize, chat_ids, collate, cut_pair, ds_config, dtype_of, epoch_rows,
-                    freeze, gather_rows, generate, init_distributed, keyed_rng, load_gvm, load_plug, load_policy,
-                    load_tokenizer, lora_targets, output_folder, parse_args, peak_memory_gb, print0, save_model,
-                    seed_everything, set_lr, stage_folder, tokenizer_fingerprint)
+from common import (Batch, MetricLog, all_sum, batch_normalize, chat_ids, collate, cut_pair, ds_config,
+                    dtype_of, epoch_rows, freeze, gather_rows, generate, init_distributed, keyed_rng,
+                    load_gvm, load_plug, load_policy, load_tokenizer, lora_targets, output_folder,
+                    parse_args, peak_memory_gb, print0, save_model, seed_everything, set_lr, stage_folder,
+                    tokenizer_fingerprint)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
 
@@ -47,7 +53,7 @@ class Args:
     lora_r: int = 0  # LoRA rank of the policy, merged at the end; 0 trains every weight
     lora_alpha: int = 32  # LoRA scale is alpha / r
     # data
-    data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file; only prompts are used
+    data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file; prompts only
     split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
     allow_dropped: bool = False  # go on when more than 10 % of the prompts had to be dropped
     max_prompt_length: int = 1024  # longer prompts are dropped and counted [tokens]
@@ -57,7 +63,7 @@ class Args:
     temperature: float = 1.0  # of the sampler and of every log-prob
     missing_eos_penalty: float = 0.0  # taken off the last token of a truncated answer [reward]
     # algorithm
-    advantage: Literal["q", "gae", "released"] = "q"  # the paper's, GAE on the same values, or the authors' code
+    advantage: Literal["q", "gae", "released"] = "q"  # the paper's, GAE on the same values, the authors' code
     gae_lam: float = 0.95  # lambda of --advantage gae and released
     cliprange: float = 0.2  # epsilon of Eq. 3
     ppo_epochs: int = 4  # passes over each rollout batch
@@ -81,10 +87,13 @@ class Args:
     local_rank: int = -1  # set by the deepspeed launcher
 
 
-# ---- the algorithm ---------------------------------------------------------------------------------------------
+# ---- the algorithm -----------------------------------------------------------------------------------------
 
 def gae(delta, mask, lam):
-    """A_t = delta_t + lam A_{t+1} (gamma 1), backwards over response tokens. delta, result: [B, R]; mask: [B, R] bool."""
+    """A_t = delta_t + lam A_{t+1} (gamma 1), backwards over response tokens.
+
+    delta, result: [B, R];  mask: [B, R] bool
+    """
     advantage = torch.zeros_like(delta)
     ahead = torch.zeros_like(delta[:, 0])
     for t in range(delta.shape[1] - 1, -1, -1):
@@ -96,9 +105,11 @@ def gae(delta, mask, lam):
 def advantages(kind, values, penalty, mask, lam):
     """What each token was worth, normalized over the batch of all ranks (Eq. 2).
 
-    q         N(Q_t - penalty_t)                                          the paper
-    gae       N(GAE(Q_t - Q_{t-1} - penalty_t)),  Q_0 = V(s_1)            the last token keeps its value: Q_T is the return
-    released  N(GAE(V_{t+1} - V_t - penalty_t)),  V = N(values before the action), V_{T+1} = 0    the authors' code
+    q         N(Q_t - penalty_t)                     the paper
+    gae       N(GAE(Q_t - Q_{t-1} - penalty_t))      Q_0 = V(s_1); the last token keeps its value:
+                                                     Q_T is the return
+    released  N(GAE(V_{t+1} - V_t - penalty_t))      the authors' code; V = N(values before the action),
+                                                     V_{T+1} = 0
     values:  [B, 1 + R] of the frozen GVM: slot 0 = V(s_1), slot 1 + t = Q(tau, s_t, a_t), units of reward
     penalty: [B, R] beta KL_t and what a missing EOS costs;  mask: [B, R] bool
     returns  ([B, R] unitless, zero where mask is 0,  mean and standard deviation before the normalization)
@@ -108,8 +119,9 @@ def advantages(kind, values, penalty, mask, lam):
     elif kind == "gae":
         raw = gae(values[:, 1:] - values[:, :-1] - penalty, mask, lam)
     else:
-        v, _, _ = batch_normalize(values[:, :-1], mask)                     # V(s_t) of each token, zero past the end
-        v_next = torch.cat([v[:, 1:], torch.zeros_like(v[:, :1])], dim=1)   # and so no bootstrap behind the last one
+        # V(s_t) of each token, zero past the end and so without a bootstrap behind the last one
+        v, _, _ = batch_normalize(values[:, :-1], mask)
+        v_next = torch.cat([v[:, 1:], torch.zeros_like(v[:, :1])], dim=1)
         raw = gae(v_next - v - penalty, mask, lam)
     return batch_normalize(raw, mask)
 
@@ -118,36 +130,40 @@ def policy_loss(logp, old_logp, advantage, mask, cliprange):
     """Clipped surrogate (Eq. 3) summed over response tokens, and what the log wants to know of it.
 
     logp, old_logp, advantage: [B, R] float32;  mask: [B, R] bool
-    returns (loss, stats); stats = sums over tokens of approx KL(old, new) (k2: half the squared log-ratio), of clipped
-    tokens, of the ratio and of its square. Log-ratios are clamped to +-20 so that one token cannot make exp overflow.
+    returns (loss, stats); stats = sums over tokens of approx KL(old, new) (k2: half the squared
+    log-ratio), of clipped tokens, of the ratio and of its square. Log-ratios are clamped to +-20 so that
+    one token cannot make exp overflow.
     """
     log_ratio = ((logp - old_logp) * mask).clamp(-20, 20)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
     loss = -(torch.min(ratio * advantage, clipped * advantage) * mask).sum()
     with torch.no_grad():
-        stats = torch.stack([0.5 * (log_ratio ** 2).sum(), ((clipped * advantage < ratio * advantage) & mask).sum(),
+        stats = torch.stack([0.5 * (log_ratio ** 2).sum(),
+                             ((clipped * advantage < ratio * advantage) & mask).sum(),
                              (ratio * mask).sum(), (ratio ** 2 * mask).sum()])
     return loss, stats
 
 
 def next_kl_coef(beta, kl, target, horizon, episodes):
-    """Adaptive controller of Ziegler et al. 2019: beta *= 1 + clip(kl / target - 1, -0.2, 0.2) episodes / horizon."""
+    """Adaptive controller of Ziegler et al. 2019:
+    beta *= 1 + clip(kl / target - 1, -0.2, 0.2) episodes / horizon."""
     if target <= 0:
         return beta
     return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * episodes / horizon)
 
 
-# ---- rollout and scoring ---------------------------------------------------------------------------------------
+# ---- rollout and scoring -----------------------------------------------------------------------------------
 # ids            p0  p1 | y0  y1  y2  EOS pad      P = 2 prompt slots (left padded), R = 5 response slots
 # action a_t              0   1   2   3   -        a_t is the token at P + t
 # log pi(a_t|s_t)         read at P + t - 1        slice [:, P-1 : T-1]   (state before the action)
 # V(s_1)                  read at P - 1            before anything is said
-# Q(tau, s_t, a_t)        read at P + t            slice [:, P   : T  ]   (after the action; tau precedes the prompt)
+# Q(tau, s_t, a_t)        read at P + t            slice [:, P   : T  ]   (after the action; tau in front)
 # mask                    1   1   1   1   0        EOS is an action and is trained; nothing after it is
 
 def response_logprobs(model, batch, temperature):
-    """log pi(a_t | s_t) and the entropy at each response token, [B, R] float32 each, at the sampler's temperature."""
+    """log pi(a_t | s_t) and the entropy at each response token, [B, R] float32 each, at
+    the sampler's temperature."""
     logits = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
                    logits_to_keep=batch.mask.shape[1] + 1, use_cache=False).logits      # positions P-1 .. T-1
     logp = torch.log_softmax(logits[:, :-1].float() / temperature, dim=-1)              # [B, R, V]
@@ -161,27 +177,35 @@ def response_values(gvm, batch):
     return logits[:, batch.P - 1:, 0].float()
 
 
+def row_seed(seed, place):
+    """Sampling seed of one row: a function of the run's seed and the row's place in the stream of prompts."""
+    return int(keyed_rng(seed, place + 2**32).integers(2**62))
+
+
 def rollout(policy, rows, seeds, tokenizer, args, device):
-    """Sample one answer per prompt row. Adds response_ids, response (text) and truncated to copies of the rows."""
-    answers = generate(policy, [row["prompt_ids"] for row in rows], seeds, args.response_length, args.temperature,
-                       tokenizer, device)
+    """Sample one answer per prompt row. Adds response_ids, response (text) and
+    truncated to copies of the rows."""
+    answers = generate(policy, [row["prompt_ids"] for row in rows], seeds, args.response_length,
+                       args.temperature, tokenizer, device)
     return [{**row, "response_ids": ids, "truncated": ids[-1] != tokenizer.eos_token_id,
              "response": tokenizer.decode(ids, skip_special_tokens=True)} for row, ids in zip(rows, answers)]
 
 
 def draw_tau(previous, groups, k, rng):
-    """tau of this step: K rollouts of the policy's previous batch, on groups outside the current one while there are
-    any. The same for every row, so that no row sees itself and the result does not depend on the number of ranks."""
+    """tau of this step: K rollouts of the policy's previous batch, on groups outside the current one
+    while there are any. The same for every row, so that no row sees itself and the result does not
+    depend on the number of ranks."""
     order = [previous[i] for i in rng.permutation(len(previous))]
     order.sort(key=lambda row: row["group"] in groups)  # stable: outsiders first, shuffled among themselves
     return order[:k]
 
 
 def fit_tau(pairs, rows, tokenizer, settings):
-    """The last pairs of tau that leave room for the longest row of all ranks: as in training, whole pairs are left out,
-    the first one first."""
+    """The last pairs of tau that leave room for the longest row of all ranks: as in training, whole pairs are
+    left out, the first one first."""
     for first in range(len(pairs) + 1):
-        longest = max(len(chat_ids(tokenizer, row["prompt"], pairs[first:])) + len(row["response_ids"]) for row in rows)
+        longest = max(len(chat_ids(tokenizer, row["prompt"], pairs[first:])) + len(row["response_ids"])
+                      for row in rows)
         if max(gather_rows([longest])) <= settings["context"]:
             break
     return pairs[first:]
@@ -194,10 +218,11 @@ def score(policy, reference, value, rows, tau, tokenizer, args, device):
     value: function (policy, rows, tau) -> list of 1 + len(response) values a row
     returns (batch, old_logp [B, R], ref_logp [B, R], values [B, 1 + R], entropy [B, R]), float32, no gradient
     """
-    batch = collate([row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows], tokenizer.pad_token_id,
-                    device)
+    batch = collate([row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows],
+                    tokenizer.pad_token_id, device)
     old, ref, entropy = [], [], []
-    for part in micro_batches(batch, range(len(rows)), args.micro_batch):
+    for i in range(0, len(rows), args.micro_batch):
+        part = Batch(*(x[i:i + args.micro_batch] for x in batch[:4]), P=batch.P)
         logp, h = response_logprobs(policy, part, args.temperature)
         old.append(logp)
         entropy.append(h)
@@ -209,7 +234,8 @@ def score(policy, reference, value, rows, tau, tokenizer, args, device):
 
 
 def gvm_values(gvm, rows, tau, tokenizer, args, device):
-    """The frozen GVM's values, with tau in front of each prompt. One list of 1 + len(response) floats a row."""
+    """The frozen GVM's values, with tau in front of each prompt. One list of 1 +
+    len(response) floats a row."""
     result = []
     for i in range(0, len(rows), args.micro_batch):
         part = rows[i:i + args.micro_batch]
@@ -220,72 +246,65 @@ def gvm_values(gvm, rows, tau, tokenizer, args, device):
     return result
 
 
-def micro_batches(batch, order, size):
-    """Cut a batch into micro batches of `size` rows in the given order; every one keeps the full width."""
-    order = list(order)
-    for i in range(0, len(order), size):
-        rows = torch.as_tensor(order[i:i + size], device=batch.ids.device)
-        yield batch._replace(ids=batch.ids[rows], attention=batch.attention[rows], positions=batch.positions[rows],
-                             mask=batch.mask[rows])
-
-
 def update(engine, batch, old_logp, advantage, step, args, device):
-    """args.ppo_epochs passes of clipped policy gradient over a rollout batch, in optimizer batches of micro_batch x
-    accum_steps rows a rank. Returns the step's averages over tokens, and the first micro batch's largest |ratio - 1|."""
-    world = torch.distributed.get_world_size()
-    rank = torch.distributed.get_rank()
-    size, sums, tokens, loss_sum, first_ratio, updates, grad_norm = args.micro_batch * args.accum_steps, 0.0, 0, 0.0, None, 0, 0.0
+    """args.ppo_epochs passes of clipped policy gradient over a rollout batch, in optimizer batches of
+    micro_batch x accum_steps rows a rank. Shapes as in policy_loss.
+
+    returns (metrics averaged over the tokens of all updates,
+             largest |ratio - 1| of the very first micro batch)
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    totals, tokens, updates, grad_norm, first_ratio, stopped = torch.zeros(5), 0, 0, 0.0, None, False
     engine.train()
     for epoch in range(args.ppo_epochs):
         order = keyed_rng(args.seed, step, epoch, rank).permutation(len(batch.ids))
-        for i in range(0, len(order), size):
-            rows = order[i:i + size]
-            n, = all_sum(batch.mask[rows].sum(), device=device)
-            stats = 0.0
-            for j in range(0, len(rows), args.micro_batch):
-                micro = torch.as_tensor(rows[j:j + args.micro_batch], device=device)
-                part, = micro_batches(batch, rows[j:j + args.micro_batch], args.micro_batch)
+        for rows in np.split(order, len(order) // (args.micro_batch * args.accum_steps)):
+            n, = all_sum(batch.mask[rows].sum(), device=device)  # response tokens of the optimizer batch
+            sums = torch.zeros(5)
+            for micro in np.split(rows, args.accum_steps):
+                part = Batch(*(x[micro] for x in batch[:4]), P=batch.P)
                 logp, _ = response_logprobs(engine, part, args.temperature)
-                loss, part_stats = policy_loss(logp, old_logp[micro], advantage[micro], part.mask, args.cliprange)
+                loss, stats = policy_loss(logp, old_logp[micro], advantage[micro], part.mask, args.cliprange)
                 # DeepSpeed averages gradients over ranks: a token mean is sum * ranks / tokens of all ranks
                 engine.backward(loss * world / n)
+                sums += torch.cat([stats, loss.detach()[None]]).cpu()
                 if first_ratio is None:
-                    first_ratio = float((((logp.detach() - old_logp[micro]) * part.mask).exp() - 1).abs().max())
-                stats, loss_sum = stats + part_stats, loss_sum + loss.item()
+                    first_ratio = ((logp.detach() - old_logp[micro]) * part.mask).expm1().abs().max().item()
             set_lr(engine, args.lr)
             engine.step()
-            stats = torch.tensor(all_sum(*stats.tolist(), device=device))
-            sums, tokens, updates = sums + stats, tokens + n, updates + 1
+            sums = torch.tensor(all_sum(*sums.tolist(), device=device))
+            totals, tokens, updates = totals + sums, tokens + n, updates + 1
             grad_norm += float(engine.get_global_grad_norm() or 0.0)
-            # The statistic is the same number on all ranks, so all of them leave together and none is waited for
-            if 0 < args.early_stop_kl < stats[0] / n:
-                return update_metrics(sums, tokens, loss_sum, updates, grad_norm, 1.0, device), first_ratio
-    return update_metrics(sums, tokens, loss_sum, updates, grad_norm, 0.0, device), first_ratio
-
-
-def update_metrics(sums, tokens, loss_sum, updates, grad_norm, stopped, device):
-    kl, clipped, ratio, ratio_square = (sums / tokens).tolist()
-    loss_sum, = all_sum(loss_sum, device=device)
+            # The statistic is the same number on all ranks, so all of them leave
+            # together and none is waited for
+            stopped = 0 < args.early_stop_kl < sums[0] / n
+            if stopped:
+                break
+        if stopped:
+            break
+    kl, clipped, ratio, ratio_square, loss = (totals / tokens).tolist()
     return {"policy/approxkl_avg": kl, "policy/clipfrac_avg": clipped, "val/ratio": ratio,
-            "val/ratio_var": ratio_square - ratio ** 2, "loss/policy_avg": loss_sum / tokens,
-            "policy/updates": updates, "policy/early_stopped": stopped, "grad_norm": grad_norm / updates}
+            "val/ratio_var": ratio_square - ratio ** 2, "loss/policy_avg": loss, "policy/updates": updates,
+            "policy/early_stopped": float(stopped), "grad_norm": grad_norm / updates}, first_ratio
 
 
-# ---- reporting -------------------------------------------------------------------------------------------------
+# ---- reporting ---------------------------------------------------------------------------------------------
 
 def self_check(row, batch, values, kl, first_ratio, tokenizer, args):
     """Printed once, at step 0: what must hold before the first update, on the first row of rank 0."""
     ids = row["prompt_ids"]
-    bos = ids.count(tokenizer.bos_token_id) if tokenizer.bos_token_id not in (None, tokenizer.eos_token_id) else "no"
+    bos = (ids.count(tokenizer.bos_token_id)
+           if tokenizer.bos_token_id not in (None, tokenizer.eos_token_id) else "no")
     trained = tokenizer.decode(batch.ids[0, batch.P:][batch.mask[0]])
-    print0(f"self-check: max |ratio - 1| {first_ratio:.1e} (0) | KL {kl:.1e} (0) | {bos} BOS (1, or no where the tokenizer "
-           f"has none) | values finite: {bool(values.isfinite().all())}\n"
+    print0(f"self-check: max |ratio - 1| {first_ratio:.1e} (0) | KL {kl:.1e} (0) | {bos} BOS (1, or no where "
+           f"the tokenizer has none) | values finite: {bool(values.isfinite().all())}\n"
            f"self-check: prompt  {tokenizer.decode(ids)!r}\nself-check: trained {trained!r}")
 
 
 def warn(metrics):
     if metrics["objective/kl"] < -1:
-        print0("warning: KL below -1: the samples do not come from the policy that is trained (temperature, truncation?)")
+        print0("warning: KL below -1: the samples do not come from the policy that is trained "
+               "(temperature, truncation?)")
     if metrics["policy/clipfrac_avg"] > 0.3:
         print0("warning: more than 30 % of the tokens are clipped: lower --lr or --ppo_epochs")
     if metrics["completions/clipped_ratio"] > 0.5:
@@ -293,33 +312,57 @@ def warn(metrics):
 
 
 def show_samples(rows, values, tokenizer, step, out):
-    """Two answers with the value of every token: seeing them rise and fall along a sentence is DVPO's best picture."""
+    """Two answers with the value of every token: seeing them rise and fall along a
+    sentence is DVPO's best picture."""
     with open(out / "samples.jsonl", "w" if step == 0 else "a") as f:
         for row, v in list(zip(rows, values.tolist()))[:2]:
             tokens = [tokenizer.decode([i]) for i in row["response_ids"]]
-            f.write(json.dumps({"step": step, "prompt": row["prompt"], "response": row["response"], "tokens": tokens,
-                                "values": v[:1 + len(tokens)]}, ensure_ascii=False) + "\n")
+            f.write(json.dumps({"step": step, "prompt": row["prompt"], "response": row["response"],
+                                "tokens": tokens, "values": v[:1 + len(tokens)]}, ensure_ascii=False) + "\n")
             print0(f"  {row['prompt'][-1]['content'][:100]!r} [{v[0]:+.2f}]  " +
                    " ".join(f"{t.strip()}[{q:+.2f}]" for t, q in list(zip(tokens, v[1:]))[:40]))
 
 
 def rollout_metrics(rows, batch, kl, values, entropy, raw_mean, raw_std, beta, device):
-    """Averages over all ranks. objective/kl is the sum over a response's tokens, averaged over responses (as TRL)."""
+    """Averages over all ranks. objective/kl is the sum over a response's tokens,
+    averaged over responses (as TRL)."""
     mask = batch.mask
     length = mask.sum(1)
     n, tokens, kl_sum, h, cut, v, v2, ended = all_sum(
-        len(rows), mask.sum(), (kl * mask).sum(), (entropy * mask).sum(), sum(row["truncated"] for row in rows),
-        (values[:, 1:] * mask).sum(), (values[:, 1:] ** 2 * mask).sum(), sum(not row["truncated"] for row in rows),
-        device=device)
+        len(rows), mask.sum(), (kl * mask).sum(), (entropy * mask).sum(),
+        sum(row["truncated"] for row in rows), (values[:, 1:] * mask).sum(),
+        (values[:, 1:] ** 2 * mask).sum(), sum(not row["truncated"] for row in rows), device=device)
     return {"objective/kl": kl_sum / n, "objective/kl_coef": beta, "objective/entropy": h / n,
             "objective/non_score_reward": -beta * kl_sum / n, "policy/entropy_avg": h / tokens,
-            "completions/mean_length": tokens / n, "completions/max_length": max(gather_rows([int(length.max())])),
+            "completions/mean_length": tokens / n,
+            "completions/max_length": max(gather_rows([int(length.max())])),
             "completions/clipped_ratio": cut / n, "val/num_eos_tokens": ended, "gvm/mean": v / tokens,
             "gvm/std": max(v2 / tokens - (v / tokens) ** 2, 0.0) ** 0.5,
             "advantages/mean": raw_mean, "advantages/std": raw_std}
 
 
-# ---- data ------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def held_out(engine, reference, value, truth, test, tau, settings, tokenizer, args, device):
+    """KL, length, value and true reward on held-out prompts, sampled with noise
+    that is the same every time."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    n = min(args.eval_prompts, len(test)) // world * world
+    if n == 0:
+        return {}
+    rows = rollout(engine, test[:n][rank::world],
+                   [row_seed(args.seed, -1000 - p) for p in range(rank, n, world)], tokenizer, args, device)
+    tau = fit_tau(tau, rows, tokenizer, settings) if tau else []
+    batch, old, ref, values, _ = score(engine, reference, value, rows, tau, tokenizer, args, device)
+    length = batch.mask.sum(1)
+    kl, tokens, value_sum = all_sum(((old - ref) * batch.mask).sum(), length.sum(),
+                                    values.gather(1, length[:, None]).sum(), device=device)
+    result = {"eval/kl": kl / n, "eval/mean_length": tokens / n, "eval/final_value": value_sum / n}
+    if truth:
+        result["eval/true_reward"] = all_sum(sum(truth(rows, engine, tokenizer)), device=device)[0] / n
+    return result
+
+
+# ---- data --------------------------------------------------------------------------------------------------
 
 def rl_prompts(records, tokenizer, args):
     """(train, held-out) lists of prompt rows: dicts (prompt, group, prompt_ids), each prompt once."""
@@ -330,25 +373,30 @@ def rl_prompts(records, tokenizer, args):
         if share not in ("rl", "test") or text in seen:
             continue
         seen.add(text)
-        row = {"prompt": record["prompt"], "group": record["group"], "prompt_ids": chat_ids(tokenizer, record["prompt"])}
+        row = {"prompt": record["prompt"], "group": record["group"],
+               "prompt_ids": chat_ids(tokenizer, record["prompt"])}
         if len(row["prompt_ids"]) > args.max_prompt_length:
             dropped[f"prompt over --max_prompt_length {args.max_prompt_length}"] += 1
         else:
             (train if share == "rl" else test).append(row)
-    report_drops(dropped, len(train) + len(test) + sum(dropped.values()), args.data, args.allow_dropped, log=print0)
+    report_drops(dropped, len(train) + len(test) + sum(dropped.values()), args.data, args.allow_dropped,
+                 log=print0)
     if not train:
-        raise BadInput(f"--data {args.data}: no prompt is left to train on; its prompts are too few for the RL share.")
+        raise BadInput(f"--data {args.data}: no prompt is left to train on; its prompts are too few for the "
+                       f"RL share.")
     return train, test
 
 
 def check_batches(args, world):
     size = args.micro_batch * args.accum_steps
-    if min(args.rollout_batch, args.micro_batch, args.accum_steps, args.ppo_epochs) < 1 or args.rollout_batch % size:
-        raise BadInput(f"--rollout_batch {args.rollout_batch} must be a positive multiple of --micro_batch x --accum_steps = "
-                       f"{args.micro_batch} x {args.accum_steps}: change one of the three.")
-    print0(f"train_dvpo: rollouts/step {args.rollout_batch * world} = {world} ranks x rollout batch {args.rollout_batch}; "
-           f"optimizer batch {size * world} = {world} ranks x micro batch {args.micro_batch} x {args.accum_steps} "
-           f"accumulation; updates/step {args.ppo_epochs * args.rollout_batch // size} = {args.ppo_epochs} PPO epochs x "
+    if (min(args.rollout_batch, args.micro_batch, args.accum_steps, args.ppo_epochs) < 1
+            or args.rollout_batch % size):
+        raise BadInput(f"--rollout_batch {args.rollout_batch} must be a positive multiple of --micro_batch x "
+                       f"--accum_steps = {args.micro_batch} x {args.accum_steps}: change one of the three.")
+    print0(f"train_dvpo: rollouts/step {args.rollout_batch * world} = {world} ranks x rollout batch "
+           f"{args.rollout_batch}; optimizer batch {size * world} = {world} ranks x micro batch "
+           f"{args.micro_batch} x {args.accum_steps} accumulation; updates/step "
+           f"{args.ppo_epochs * args.rollout_batch // size} = {args.ppo_epochs} PPO epochs x "
            f"{args.rollout_batch // size}")
 
 
@@ -365,11 +413,12 @@ def main(args):
         k, settings, plug = 0, {}, load_plug(args.value_fn, "--value_fn")
         value = lambda policy, rows, tau: plug(rows, policy, tokenizer)
     else:
-        folder = stage_folder(args.model, "gvm", args.value_model, "--value_model", f"train_gvm.py --model {args.model}")
+        folder = stage_folder(args.model, "gvm", args.value_model, "--value_model",
+                              f"train_gvm.py --model {args.model}")
         gvm, settings = load_gvm(folder, dtype_of(config))
         if settings["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
-            raise BadInput(f"--value_model {folder}: it was trained with another tokenizer than {sft} has; train a GVM on "
-                           f"this SFT model.")
+            raise BadInput(f"--value_model {folder}: it was trained with another tokenizer than {sft} has; "
+                           f"train a GVM on this SFT model.")
         tokenizer.chat_template = settings["chat_template"]
         gvm, k = freeze(gvm, config, device), settings["k"]
         value = lambda policy, rows, tau: gvm_values(gvm, rows, tau, tokenizer, args, device)
@@ -377,19 +426,25 @@ def main(args):
     train, test = rl_prompts(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
 
     policy = load_policy(sft, tokenizer, dtype_of(config), "--sft_model")
-    if args.max_prompt_length + args.response_length > getattr(policy.config, "max_position_embeddings", 10**9):
-        raise BadInput(f"--max_prompt_length {args.max_prompt_length} + --response_length {args.response_length} exceed the "
-                       f"model's context of {policy.config.max_position_embeddings} tokens: lower one.")
+    if (args.max_prompt_length + args.response_length
+            > getattr(policy.config, "max_position_embeddings", 10**9)):
+        raise BadInput(f"--max_prompt_length {args.max_prompt_length} + --response_length "
+                       f"{args.response_length} exceed the model's context of "
+                       f"{policy.config.max_position_embeddings} tokens: lower one.")
     if args.lora_r:
         from peft import LoraConfig, get_peft_model
-        policy = get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha,
-                                                   target_modules=lora_targets(policy)), autocast_adapter_dtype=False)
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
+        policy = get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", r=args.lora_r,
+                                                   lora_alpha=args.lora_alpha,
+                                                   target_modules=lora_targets(policy)),
+                                autocast_adapter_dtype=False)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=args.lr,
+                                  weight_decay=0.0)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
     reference = freeze(load_policy(sft, tokenizer, dtype_of(config), "--sft_model"), config, device)
 
     log = MetricLog(out, show=["objective/true_reward", "objective/kl", "objective/kl_coef", "gvm/mean",
-                               "completions/mean_length", "policy/clipfrac_avg", "timing/step_total"], steps=args.max_steps)
+                               "completions/mean_length", "policy/clipfrac_avg", "timing/step_total"],
+                    steps=args.max_steps)
     beta, global_batch, previous = args.kl_coef, args.rollout_batch * world, []
     for step in range(args.max_steps):
         clock = [time.time()]
@@ -399,10 +454,12 @@ def main(args):
         rows = rollout(engine, [train[picks[i]] for i in mine],
                        [row_seed(args.seed, step * global_batch + i) for i in mine], tokenizer, args, device)
         groups = {train[i]["group"] for i in picks}
-        if step == 0 and k > 0:  # tau needs answers of the current policy: K extra prompts, outside the batch if possible
+        if step == 0 and k > 0:
+            # tau needs answers of the current policy: K extra prompts, outside the batch if possible
             extra = sorted(keyed_rng(args.seed, 0).permutation(len(train))[:4 * k + global_batch],
                            key=lambda i: train[i]["group"] in groups)[:k]
-            previous = rollout(engine, [train[i] for i in extra], [row_seed(args.seed, -1 - j) for j in range(len(extra))],
+            previous = rollout(engine, [train[i] for i in extra],
+                               [row_seed(args.seed, -1 - j) for j in range(len(extra))],
                                tokenizer, args, device)
         clock.append(time.time())
 
@@ -410,7 +467,8 @@ def main(args):
         tau = [cut_pair(tokenizer, row["prompt"], row["response"], settings)
                for row in draw_tau(previous, groups, k, keyed_rng(args.seed, step))]
         tau = fit_tau(tau, rows, tokenizer, settings) if tau else []
-        batch, old_logp, ref_logp, values, entropy = score(engine, reference, value, rows, tau, tokenizer, args, device)
+        batch, old_logp, ref_logp, values, entropy = score(engine, reference, value, rows, tau, tokenizer,
+                                                           args, device)
         clock.append(time.time())
 
         # 3. advantages: beta KL_t (units of reward) and the missing-EOS penalty folded in, then Eq. 2
@@ -435,11 +493,13 @@ def main(args):
         timing = dict(zip(("timing/generation", "timing/score", "timing/advantages", "timing/train"),
                           (b - a for a, b in zip(clock, clock[1:]))))
         metrics.update(update_stats, lr=args.lr, episode=(step + 1) * global_batch, **timing,
-                       **{"timing/step_total": clock[-1] - clock[0], "memory/peak_gb": peak_memory_gb(device)})
+                       **{"timing/step_total": clock[-1] - clock[0],
+                          "memory/peak_gb": peak_memory_gb(device)})
         metrics["eps"] = global_batch / metrics["timing/step_total"]
         beta = next_kl_coef(beta, metrics["objective/kl"], args.kl_target, args.kl_horizon, global_batch)
         if test and args.eval_every > 0 and ((step + 1) % args.eval_every == 0 or step + 1 == args.max_steps):
-            metrics.update(held_out(engine, reference, value, truth, test, tau, tokenizer, args, rank, world, device))
+            metrics.update(held_out(engine, reference, value, truth, test, tau, settings, tokenizer, args,
+                                    device))
         log.write(step, metrics)
         warn(metrics)
         if step % args.sample_every == 0 and rank == 0:
@@ -447,30 +507,6 @@ def main(args):
         previous = gather_rows([{key: row[key] for key in ("prompt", "group", "response")} for row in rows])
     save_model(engine, tokenizer, out, base=sft if args.lora_r else None)
     print0(f"train_dvpo: saved to {out}")
-
-
-def row_seed(seed, place):
-    """Sampling seed of one row: a function of the run's seed and the row's place in the stream of prompts."""
-    return int(keyed_rng(seed, place + 2**32).integers(2**62))
-
-
-@torch.no_grad()
-def held_out(engine, reference, value, truth, test, tau, tokenizer, args, rank, world, device):
-    """KL, length, value and true reward on held-out prompts, sampled with noise that is the same at every evaluation."""
-    n = min(args.eval_prompts, len(test)) // world * world
-    if n == 0:
-        return {}
-    rows = rollout(engine, test[:n][rank::world], [row_seed(args.seed, -1000 - p) for p in range(rank, n, world)],
-                   tokenizer, args, device)
-    tau = fit_tau(tau, rows, tokenizer, {"context": getattr(engine.module.config, "max_position_embeddings", 10**9)}) if tau else []
-    batch, old, ref, values, _ = score(engine, reference, value, rows, tau, tokenizer, args, device)
-    length = batch.mask.sum(1)
-    last = values.gather(1, length[:, None])
-    kl, tokens, value_sum = all_sum(((old - ref) * batch.mask).sum(), length.sum(), last.sum(), device=device)
-    result = {"eval/kl": kl / n, "eval/mean_length": tokens / n, "eval/final_value": value_sum / n}
-    if truth:
-        result["eval/true_reward"] = all_sum(sum(truth(rows, engine, tokenizer)), device=device)[0] / n
-    return result
 
 
 if __name__ == "__main__":

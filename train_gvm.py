@@ -1,13 +1,17 @@
-"""The global value model (GVM): one frozen-to-be value Q(tau, s, a) for many policies, trained once on offline data.
+"""The global value model (GVM): one frozen-to-be value Q(tau, s, a) for many policies,
+trained once on offline data.
 
-It is told which policy it is valuing by tau: K question-answer pairs that this policy wrote for other prompts, put in
-front of the prompt as earlier turns of the same chat. The target comes from the data's own reward; no policy is
-sampled, no reward model is asked.
-    TD loss (Eq. 1, lambda = 0):  ( r_t + gamma sg[Q(tau, s_{t+1}, a_{t+1})] - Q(tau, s_t, a_t) )^2,  r_t = 0 before the end
-    TD(lambda):                   G_t = r_t + gamma ((1 - lambda) sg[Q_{t+1}] + lambda G_{t+1}) in place of the bootstrap
+It is told which policy it is valuing by tau: K question-answer pairs that this policy wrote for other
+prompts, put in front of the prompt as earlier turns of the same chat. The target comes from the data's own
+reward; no policy is sampled, no reward model is asked.
+    TD loss (Eq. 1, lambda = 0):  ( r_t + gamma sg[Q(tau, s_{t+1}, a_{t+1})] - Q(tau, s_t, a_t) )^2,
+                                  r_t = 0 before the end
+    TD(lambda):                   G_t = r_t + gamma ((1 - lambda) sg[Q_{t+1}] + lambda G_{t+1})
+                                  in place of the bootstrap
 
 Departures:
-D1  lambda defaults to 0.95, as in the authors' code; Eq. 1 is --lam 0, which learns far more slowly (README, results).
+D1  lambda defaults to 0.95, as in the authors' code; Eq. 1 is --lam 0, which learns far more slowly
+    (README, results).
 D2  The last prompt token is trained too: V(s_1), which GAE needs and Q does not give.
 D3  The authors' code has no tau (that is --k 0) and reads a state value before the action.
 D4  Eq. 2's normalization is a read-out of the advantage (train_dvpo.py), not part of this loss.
@@ -16,8 +20,8 @@ D4  Eq. 2's normalization is a read-out of the advantage (train_dvpo.py), not pa
     deepspeed train_gvm.py --model meta-llama/Meta-Llama-3-8B        openbmb/UltraFeedback, ZeRO-3, bf16
 
 reads   the value share (50 % of the prompts) of scored responses or pairs, and the SFT model
-writes  runs/<model name>/gvm: LoRA adapter + head, tokenizer, gvm.json (K, tau's format and budget, gamma, lambda,
-        reward map), args.json, metrics.jsonl
+writes  runs/<model name>/gvm: LoRA adapter + head, tokenizer, gvm.json (K, tau's format and budget, gamma,
+        lambda, reward map), args.json, metrics.jsonl
 
 Legend: B rows, P prompt slots (left padded, tau included), R response slots (right padded), T = P + R.
 """
@@ -32,11 +36,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import (MetricLog, all_sum, answer_ids, chat_ids, collate, cut_pair, ds_config, dtype_of, epoch_rows,
-                    gather_rows, init_distributed, keyed_rng, load_tokenizer, load_value_base, lora_targets,
-                    output_folder, parse_args, peak_memory_gb, print0,
-                    reward_model_scores, save_model, seed_everything, set_lr, split_batch,
-                    stage_folder, td_loss, tokenizer_fingerprint)
+from common import (MetricLog, all_sum, answer_ids, chat_ids, collate, cut_pair, ds_config, dtype_of,
+                    epoch_rows, gather_rows, init_distributed, keyed_rng, load_tokenizer, load_value_base,
+                    lora_targets, output_folder, parse_args, peak_memory_gb, print0, reward_model_scores,
+                    save_model, seed_everything, set_lr, split_batch, stage_folder, td_loss,
+                    tokenizer_fingerprint)
 from data import BadInput, has_policy_names, preference_pair, prompt_text, read_data, report_drops, split_of
 
 
@@ -53,12 +57,13 @@ class Args:
     split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
     allow_dropped: bool = False  # go on when more than 10 % of the responses had to be dropped
     max_length: int = 1024  # prompt + response, tau not counted; longer rows are dropped and counted [tokens]
-    reward: Literal["preference", "score", "model"] = "preference"  # +1 / -1 of a pair, the data's scores, or --reward_model
+    reward: Literal["preference", "score", "model"] = "preference"  # +1 / -1 of a pair, score, --reward_model
     reward_model: str = ""  # one-label sequence classifier whose scores, standardized, are the reward
     score_min: float = 1.0  # score that becomes reward -1 [score units]
     score_max: float = 10.0  # score that becomes reward +1 [score units]
     # policy conditioning
     k: int = 4  # question-answer pairs in tau; 0: the GVM is not told the policy
+    tau_warmup: float = 0.6  # share of the steps in which tau is first empty, then grows to k pairs
     tau_question_tokens: int = 128  # each question of tau is cut to this [tokens]
     tau_answer_tokens: int = 256  # each answer of tau is cut to this [tokens]
     # algorithm
@@ -80,12 +85,12 @@ class Args:
     local_rank: int = -1  # set by the deepspeed launcher
 
 
-# ---- the algorithm ---------------------------------------------------------------------------------------------
+# ---- the algorithm -----------------------------------------------------------------------------------------
 
 def read_values(logits, P):
     """Values of the last prompt token and of every response token.
 
-    # ids            tau.. p0  p1 | y0  y1  y2  EOS pad    P prompt slots (left padded, tau first), R = 5 response slots
+    # ids            tau.. p0  p1 | y0  y1  y2  EOS pad    P prompt slots (left padded, tau in front), R = 5
     # action a_t                   0   1   2   3   -       a_t is the token at P + t
     # V(s_1)         read at P - 1                         before anything is said
     # Q(tau, s_t, a_t)             read at P + t           slice [:, P : T], after the action was consumed
@@ -100,19 +105,26 @@ def learning_rate(step, steps, args):
     return args.lr * (1 - step / steps)
 
 
+def tau_pairs(step, steps, args):
+    """Pairs of tau at this step: none in the first half of the warm-up, growing to k
+    in the second half, then k."""
+    progress = (step + 1) / (args.tau_warmup * steps + 1e-9)
+    return min(args.k, max(0, int(2 * args.k * (progress - 0.5))))
+
+
 def ranking_accuracy(good, bad):
     """Share of pairs in which the good response has the higher number, ties counted half."""
     good, bad = np.asarray(good), np.asarray(bad)
     return float(((good > bad) + 0.5 * (good == bad)).mean())
 
 
-# ---- data ------------------------------------------------------------------------------------------------------
+# ---- data --------------------------------------------------------------------------------------------------
 
 def trajectories(records, tokenizer, args):
     """Scored responses as trajectories, and the held-out preference pairs.
 
-    returns (train, pairs): train is a list of dicts (prompt, group, policy, text, reward, prompt_ids, response_ids);
-    pairs is a list of (good, bad), two such dicts each, of held-out prompts.
+    returns (train, pairs): train is a list of dicts (prompt, group, policy, text, reward, prompt_ids,
+    response_ids); pairs is a list of (good, bad), two such dicts each, of held-out prompts.
     """
     train, pairs, dropped, kept = [], [], Counter(), 0
     for record in records:
@@ -131,8 +143,8 @@ def trajectories(records, tokenizer, args):
             chosen = [(pair[0], 1.0), (pair[1], -1.0)]
         prompt_ids, rows = chat_ids(tokenizer, record["prompt"]), []
         for response, reward in chosen:
-            row = {"prompt": record["prompt"], "group": record["group"], "policy": response["policy"], "reward": reward,
-                   "text": response["text"], "prompt_ids": prompt_ids,
+            row = {"prompt": record["prompt"], "group": record["group"], "policy": response["policy"],
+                   "reward": reward, "text": response["text"], "prompt_ids": prompt_ids,
                    "response_ids": answer_ids(tokenizer, response["text"])}
             if len(prompt_ids) + len(row["response_ids"]) > args.max_length:
                 dropped[f"prompt + response over --max_length {args.max_length}"] += 1
@@ -145,7 +157,8 @@ def trajectories(records, tokenizer, args):
             pairs.append(tuple(rows))
     report_drops(dropped, kept + sum(dropped.values()), args.data, args.allow_dropped, log=print0)
     if not train:
-        raise BadInput(f"--data {args.data}: no trajectory is left to train on; its prompts are too few for the value share.")
+        raise BadInput(f"--data {args.data}: no trajectory is left to train on; its prompts are too few for "
+                       f"the value share.")
     return train, pairs
 
 
@@ -154,13 +167,15 @@ def score_reward(response, record, args):
     if response["score"] is None:
         raise BadInput(f"{record['where']}: no score, but --reward score needs one; use --reward preference.")
     if not args.score_min <= response["score"] <= args.score_max:
-        raise BadInput(f"{record['where']}: score {response['score']:g} lies outside --score_min {args.score_min:g} and "
-                       f"--score_max {args.score_max:g}, which become -1 and +1: set them to the data's range.")
+        raise BadInput(f"{record['where']}: score {response['score']:g} lies outside --score_min "
+                       f"{args.score_min:g} and --score_max {args.score_max:g}, which become -1 and +1: "
+                       f"set them to the data's range.")
     return (2 * response["score"] - args.score_min - args.score_max) / (args.score_max - args.score_min)
 
 
 def model_rewards(train, args, dtype, device):
-    """Fill in rewards from a reward model: (score - mean) / (2 standard deviations), about [-1, 1]. Returns the map."""
+    """Fill in rewards from a reward model: (score - mean) / (2 standard deviations), about [-1, 1].
+    Returns the map."""
     chats = [(row["prompt"], row["text"]) for row in train]
     scores = np.array(reward_model_scores(args.reward_model, chats, dtype, device, args.micro_batch))
     center, scale = float(scores.mean()), float(2 * scores.std() + 1e-8)
@@ -170,54 +185,60 @@ def model_rewards(train, args, dtype, device):
 
 
 class TauSource:
-    """Draws tau: K answers of one policy to prompts of other groups, texts cut to their budget."""
+    """Draws tau: answers of one policy to prompts of other groups, texts cut to their budget."""
 
-    def __init__(self, rows, tokenizer, k, context, settings):
-        self.tokenizer, self.k, self.context, self.settings = tokenizer, k, context, settings
+    def __init__(self, rows, tokenizer, context, settings):
+        self.tokenizer, self.context, self.settings = tokenizer, context, settings
         self.by_policy = defaultdict(list)
         for row in rows:
             self.by_policy[row["policy"]].append(row)
         self.shortened = 0  # rows whose tau lost pairs because tau + prompt + response exceeded the context
 
-    def draw(self, policy, group, rng):
-        """K (question, answer) text pairs of `policy`, none of them about `group`; fewer where it wrote fewer."""
-        if self.k == 0:
+    def draw(self, policy, group, rng, k):
+        """k (question, answer) text pairs of `policy`, none of them about `group`;
+        fewer where it wrote fewer."""
+        if k == 0:
             return []
         rows, pairs = self.by_policy[policy], []
         for i in rng.permutation(len(rows)):
             if rows[i]["group"] != group:
                 if "cut" not in rows[i]:
-                    rows[i]["cut"] = cut_pair(self.tokenizer, rows[i]["prompt"], rows[i]["text"], self.settings)
+                    rows[i]["cut"] = cut_pair(self.tokenizer, rows[i]["prompt"], rows[i]["text"],
+                                              self.settings)
                 pairs.append(rows[i]["cut"])
-            if len(pairs) == self.k:
+            if len(pairs) == k:
                 break
         return pairs
 
-    def prompt_ids(self, row, tau):
-        """Token ids of tau + prompt. What exceeds the context loses whole pairs of tau, the first one first."""
+    def prompts(self, rows, tau):
+        """Token ids of tau + prompt for rows that share one tau. Where tau + prompt + response exceed the
+        context of any of them, whole pairs of tau are left out for all, the first one first."""
         for first in range(len(tau) + 1):
-            ids = chat_ids(self.tokenizer, row["prompt"], tau[first:])
-            if len(ids) + len(row["response_ids"]) <= self.context or first == len(tau):
+            prompts = [chat_ids(self.tokenizer, row["prompt"], tau[first:]) for row in rows]
+            longest = max(len(prompt) + len(row["response_ids"]) for prompt, row in zip(prompts, rows))
+            if longest <= self.context or first == len(tau):
                 self.shortened += first > 0
-                return ids
+                return prompts
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------
+# ---- evaluation --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def held_out_ranking(engine, pairs, tau_source, tokenizer, args, rank, world, device):
     """Ranking accuracy on held-out pairs by the mean token value, BOTH answers of a pair under ONE tau.
 
-    The chosen one's and the rejected one's policy lend tau in turn. With each answer under its own tau the model could
-    rank by recognizing the policy, which is worth nothing in RL, where all rows share one policy.
+    The chosen one's and the rejected one's policy lend tau in turn. With each answer under its own tau the
+    model could rank by recognizing the policy, which is worth nothing in RL, where all rows share one policy.
     """
     engine.eval()
     jobs = []
     for i, (good, bad) in enumerate(pairs):
         for lender in (good, bad) if args.k else (good,):
-            tau = tau_source.draw(lender["policy"], good["group"], keyed_rng(args.split_seed, i))
-            jobs.append([(tau_source.prompt_ids(row, tau), row["response_ids"]) for row in (good, bad)])
-    jobs = jobs[:len(jobs) // world * world]  # every rank runs the same number of batches: ZeRO-3 would hang otherwise
+            tau = tau_source.draw(lender["policy"], good["group"], keyed_rng(args.split_seed, i), args.k)
+            prompts = tau_source.prompts((good, bad), tau)
+            jobs.append([(prompt, row["response_ids"]) for prompt, row in zip(prompts, (good, bad))])
+    # Every rank runs the same number of batches: ZeRO-3 would hang otherwise
+    jobs = jobs[:len(jobs) // world * world]
     means = []
     for i in range(rank, len(jobs), world * args.micro_batch):
         prompts, responses = zip(*[row for job in jobs[i:i + world * args.micro_batch:world] for row in job])
@@ -245,8 +266,10 @@ def main(args):
     accum = split_batch(args.batch_size, args.micro_batch, world)
     if (args.reward == "model") != bool(args.reward_model):
         raise BadInput("--reward model and --reward_model FOLDER belong together: give both or neither.")
-    if not (args.k >= 0 and 0 <= args.lam <= 1 and 0 < args.gamma <= 1 and args.score_min < args.score_max):
-        raise BadInput("--k must be at least 0, --lam in [0, 1], --gamma in (0, 1] and --score_min below --score_max.")
+    if not (args.k >= 0 and 0 <= args.lam <= 1 and 0 < args.gamma <= 1 and 0 <= args.tau_warmup <= 1
+            and args.score_min < args.score_max):
+        raise BadInput("--k must be at least 0, --lam in [0, 1], --gamma in (0, 1], --tau_warmup in [0, 1] "
+                       "and --score_min below --score_max.")
     seed_everything(args.seed)
     sft = stage_folder(args.model, "sft", args.sft_model, "--sft_model", f"sft.py --model {args.model}")
     out = output_folder(args, "gvm")
@@ -254,50 +277,60 @@ def main(args):
     tokenizer = load_tokenizer(sft, "--sft_model")
     records = read_data(args.data, args.allow_dropped, log=print0)
     if args.k > 0 and not has_policy_names(records):
-        raise BadInput(f"--data {args.data}: its responses carry no policy name (`model`), so tau cannot be drawn: "
-                       f"use --k 0.")
+        raise BadInput(f"--data {args.data}: its responses carry no policy name (`model`), so tau cannot be "
+                       f"drawn: use --k 0.")
     train, pairs = trajectories(records, tokenizer, args)
     pairs = pairs[:args.eval_pairs]
     reward_map = {"kind": args.reward}
     if args.reward == "score":
-        reward_map.update(center=(args.score_max + args.score_min) / 2, scale=(args.score_max - args.score_min) / 2)
+        reward_map.update(center=(args.score_max + args.score_min) / 2,
+                          scale=(args.score_max - args.score_min) / 2)
     elif args.reward == "model":
         reward_map = model_rewards(train, args, dtype_of(config), device)
 
     model = load_value_base(sft, dtype_of(config))
     head = "score" if hasattr(model, "score") else "classifier"
     model = get_peft_model(model, LoraConfig(task_type="TOKEN_CLS", r=args.lora_r, lora_alpha=args.lora_alpha,
-                                             lora_dropout=args.lora_dropout, target_modules=lora_targets(model),
-                                             modules_to_save=[head]), autocast_adapter_dtype=False)
+                                             lora_dropout=args.lora_dropout,
+                                             target_modules=lora_targets(model), modules_to_save=[head]),
+                           autocast_adapter_dtype=False)
     context = getattr(model.config, "max_position_embeddings", 10**9)
     if args.max_length > context:
         raise BadInput(f"--max_length {args.max_length} exceeds the model's context of {context} tokens.")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
+                                  weight_decay=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    tau_source = TauSource(train, tokenizer, args.k, context, vars(args))
-    held_out_tau = TauSource([row for pair in pairs for row in pair], tokenizer, args.k, context, vars(args))
+    tau_source = TauSource(train, tokenizer, context, vars(args))
+    held_out_tau = TauSource([row for pair in pairs for row in pair], tokenizer, context, vars(args))
 
     steps = math.ceil(args.epochs * len(train) / args.batch_size)
     steps = min(steps, args.max_steps) if args.max_steps > 0 else steps
-    print0(f"train_gvm: {len(train)} trajectories of {len(tau_source.by_policy)} policies, {len(pairs)} held-out pairs; "
-           f"optimizer batch {args.batch_size} = {world} ranks x micro batch {args.micro_batch} x {accum} accumulation; "
-           f"{steps} steps")
-    print0(f"tau: {args.k} pairs, questions cut to {args.tau_question_tokens} and answers to {args.tau_answer_tokens} "
-           f"tokens; where tau + prompt + response exceed {context}, whole pairs are left out, the first one first")
+    print0(f"train_gvm: {len(train)} trajectories of {len(tau_source.by_policy)} policies, "
+           f"{len(pairs)} held-out pairs; optimizer batch {args.batch_size} = {world} ranks x micro batch "
+           f"{args.micro_batch} x {accum} accumulation; {steps} steps")
+    print0(f"tau: {args.k} pairs, questions cut to {args.tau_question_tokens} and answers to "
+           f"{args.tau_answer_tokens} tokens; where tau + prompt + response exceed {context}, whole pairs "
+           f"are left out, the first one first")
 
     log = MetricLog(out, show=["loss", "value/mean", "eval/accuracy", "lr", "timing/step_total"], steps=steps)
     for step in range(steps):
         started = time.time()
-        # 1. batch: rows of this optimizer step, each with a fresh tau of the policy that wrote it
-        picks = list(enumerate(epoch_rows(len(train), step * args.batch_size, args.batch_size, args.seed)))[rank::world]
+        # 1. batch: rows of this optimizer step, each with a fresh tau of the policy that wrote it.
+        #    tau is empty at first: the model learns to value answers, then whose they are. Both at once
+        #    took far longer
+        k = tau_pairs(step, steps, args)
+        picks = list(enumerate(epoch_rows(len(train), step * args.batch_size, args.batch_size,
+                                          args.seed)))[rank::world]
         rows = []
         for place, i in picks:
-            tau = tau_source.draw(train[i]["policy"], train[i]["group"], keyed_rng(args.seed, step, place))
-            rows.append((tau_source.prompt_ids(train[i], tau), train[i]["response_ids"], train[i]["reward"]))
+            tau = tau_source.draw(train[i]["policy"], train[i]["group"], keyed_rng(args.seed, step, place), k)
+            prompt, = tau_source.prompts([train[i]], tau)
+            rows.append((prompt, train[i]["response_ids"], train[i]["reward"]))
         slots = sum(len(response) + 1 for _, response, _ in rows)   # + 1: the last prompt token
         all_slots, = all_sum(slots, device=device)
 
-        # 2. update: DeepSpeed averages gradients over ranks, so a mean over slots is sum * ranks / slots of all ranks
+        # 2. update: DeepSpeed averages gradients over ranks, so a mean over slots is sum * ranks / slots of
+        #    all ranks
         engine.train()
         total = value_sum = 0.0
         for i in range(0, len(rows), args.micro_batch):
@@ -309,12 +342,13 @@ def main(args):
         set_lr(engine, learning_rate(step, steps, args))
         engine.step()
 
-        # 3. log: the loss alone does not tell (its noise floor depends on lambda), so held-out ranking is beside it
+        # 3. log: the loss alone does not tell (its noise floor depends on lambda), so held-out ranking is
+        #    beside it
         total, value_sum = all_sum(total, value_sum, device=device)
         row = {"loss": total / all_slots, "value/mean": value_sum / (all_slots - args.batch_size),
                "lr": learning_rate(step, steps, args), "num_tokens": all_slots - args.batch_size,
-               "grad_norm": float(engine.get_global_grad_norm() or 0.0), "timing/step_total": time.time() - started,
-               "memory/peak_gb": peak_memory_gb(device)}
+               "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+               "timing/step_total": time.time() - started, "memory/peak_gb": peak_memory_gb(device)}
         if pairs and (step + 1 == steps or (step + 1) % args.eval_every == 0):
             row.update(held_out_ranking(engine, pairs, held_out_tau, tokenizer, args, rank, world, device))
         log.write(step, row)

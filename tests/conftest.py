@@ -1,5 +1,6 @@
-"""What the tests share: a tokenizer without a pad token, two tiny random models, a small data file, and one run of the
-whole chain sft -> gvm -> dvpo. Everything is made here, in temporary folders, on the CPU, without a network."""
+"""What the tests share: a tokenizer without a pad token, two tiny random models, a small data file,
+and one run of the whole chain sft -> gvm -> dvpo. Everything is made here, in temporary folders, on
+the CPU, without a network."""
 
 import hashlib
 import json
@@ -30,8 +31,8 @@ FP32 = str(ROOT / "ds_configs" / "fp32.json")
 CONTEXT = 128
 THINGS = [f"thing{i}" for i in range(12)]
 COLOURS = ["red", "blue", "green", "black", "white"]
-WORDS = ["<s>", "</s>", "<unk>", "user", "assistant", "system", ":", "?", ".", "is", "it", "not", "yes", "no", "indeed",
-         *THINGS, *COLOURS]
+WORDS = ["<s>", "</s>", "<unk>", "user", "assistant", "system", ":", "?", ".", "is", "it", "not", "yes", "no",
+         "indeed", *THINGS, *COLOURS]
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ ' ' + m['role'] + ' : ' + m['content'] }}"
             "{% if m['role'] == 'assistant' %}{{ ' ' + eos_token }}{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}{{ ' assistant :' }}{% endif %}")
@@ -49,24 +50,29 @@ def tiny_llama():
     """Random weights, wide enough that every token changes what comes after it."""
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.3, bos_token_id=0, eos_token_id=1))
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.3,
+        bos_token_id=0, eos_token_id=1))
 
 
 def tiny_gpt2():
-    """Absolute positions and dropout 0.1 by default: what a shifted position or a live dropout shows up in."""
+    """Absolute positions and dropout 0.1 by default: what a shifted position or a
+    live dropout shows up in."""
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT,
-                                      initializer_range=0.3, bos_token_id=0, eos_token_id=1))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), n_embd=32, n_layer=2, n_head=4,
+                                      n_positions=CONTEXT, initializer_range=0.3,
+                                      bos_token_id=0, eos_token_id=1))
 
 
 def feedback_rows(prompts=60, seed=0):
-    """UltraFeedback's schema: four policies of rising skill answer each prompt, the score depends on the text alone."""
+    """UltraFeedback's schema: four policies of rising skill answer each prompt, the score
+    depends on the text alone."""
     rng, rows = random.Random(seed), []
     questions = [f"is {thing} {colour} ?" for thing in THINGS for colour in COLOURS]
     for question in questions[:prompts]:
         colour = question.split()[2]
-        answers = [("no .", 2), ("it is not .", 4), (f"it is {colour} .", 6), (f"yes it is {colour} indeed .", 9)]
+        answers = [("no .", 2), ("it is not .", 4), (f"it is {colour} .", 6),
+                   (f"yes it is {colour} indeed .", 9)]
         completions = []
         for skill in range(4):
             text, score = answers[min(3, max(0, skill + rng.choice((-1, 0, 0, 1))))]
@@ -84,7 +90,8 @@ def write_jsonl(path, rows):
 
 def run_stage(stage, **flags):
     """Run a stage script's main in this process with flags as typed on the command line."""
-    stage.main(parse_args(stage.Args, [str(word) for name, value in flags.items() for word in (f"--{name}", value)]))
+    stage.main(parse_args(stage.Args, [str(word) for name, value in flags.items()
+                                       for word in (f"--{name}", value)]))
 
 
 def clean_env():
@@ -126,8 +133,8 @@ def flags(models_folder, data):
     common = {"model": models_folder / "llama", "data": data, "ds_config": FP32}
     return SimpleNamespace(
         sft={**common, "max_length": 64, "batch_size": 4, "micro_batch": 2, "epochs": 2, "lr": 1e-3},
-        gvm={**common, "max_length": 64, "batch_size": 8, "micro_batch": 4, "max_steps": 4, "lr": 1e-2, "k": 2,
-             "tau_question_tokens": 8, "tau_answer_tokens": 8},
+        gvm={**common, "max_length": 64, "batch_size": 8, "micro_batch": 4, "max_steps": 4, "lr": 1e-2,
+             "k": 2, "tau_question_tokens": 8, "tau_answer_tokens": 8},
         dvpo={**common, "max_prompt_length": 32, "response_length": 6, "rollout_batch": 4, "micro_batch": 2,
               "accum_steps": 1, "ppo_epochs": 2, "max_steps": 3, "lr": 1e-3})
 
@@ -147,8 +154,9 @@ def recorded(patch, stage, name, notes):
 def chain(flags, tmp_path_factory):
     """sft -> gvm (K = 2) -> dvpo (3 steps), run once in this process.
 
-    Has the folders sft, gvm, dvpo; the engines sft_engine, gvm_engine, policy; frozen = [(model, its fingerprint when it
-    was frozen)], the GVM first and the reference second; checked = the arguments of DVPO's self-check at step 0.
+    Has the folders sft, gvm, dvpo; the engines sft_engine, gvm_engine, policy; frozen = [(model, its
+    fingerprint when it was frozen)], the GVM first and the reference second; checked = the arguments of
+    DVPO's self-check at step 0.
     """
     folder, saved, frozen, checks = tmp_path_factory.mktemp("chain"), [], [], []
     with pytest.MonkeyPatch.context() as patch:
@@ -167,5 +175,6 @@ def chain(flags, tmp_path_factory):
         run_stage(train_dvpo, **flags.dvpo, sft_model=folder / "sft", value_model=folder / "gvm",
                   output_dir=folder / "dvpo")
     sft_engine, gvm_engine, policy = [args[0] for args, _ in saved]
-    return SimpleNamespace(sft=folder / "sft", gvm=folder / "gvm", dvpo=folder / "dvpo", sft_engine=sft_engine,
-                           gvm_engine=gvm_engine, policy=policy, frozen=frozen, checked=checks[0][0])
+    return SimpleNamespace(sft=folder / "sft", gvm=folder / "gvm", dvpo=folder / "dvpo",
+                           sft_engine=sft_engine, gvm_engine=gvm_engine, policy=policy,
+                           frozen=frozen, checked=checks[0][0])

@@ -1,8 +1,8 @@
-"""Which number is read at which token. Log-probs and values of padded batches against models that see one unpadded prefix
-at a time; what is sampled, stopped, masked and rendered; where tau goes.
+"""Which number is read at which token. Log-probs and values of padded batches against models that see one
+unpadded prefix at a time; what is sampled, stopped, masked and rendered; where tau goes.
 
-Every row here is awkward: pad is the EOS token, prompts and answers have unequal lengths, one prompt contains EOS, one
-answer is truncated, one is nothing but EOS.
+Every row here is awkward: pad is the EOS token, prompts and answers have unequal lengths, one prompt contains
+EOS, one answer is truncated, one is nothing but EOS.
 """
 
 from types import SimpleNamespace
@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, GenerationConfig, PreTrainedTokenizerFast
 
 import sft
 import train_dvpo
 import train_gvm
-from common import (answer_ids, chat_ids, collate, generate, keyed_rng, load_policy, load_tokenizer, load_value_base,
-                    reward_model_scores, value_head)
+from common import (answer_ids, chat_ids, collate, generate, keyed_rng, load_policy, load_tokenizer,
+                    load_value_base, reward_model_scores, value_head)
 from conftest import TEMPLATE, WORDS, run_stage, tiny_llama, word_tokenizer
 
 EOS, CPU = 1, torch.device("cpu")
@@ -43,7 +44,7 @@ def policy(folder):
 
 @pytest.fixture
 def gvm(folder):
-    """A value model whose head, zero at the start of training, is made to say something."""
+    """A value model whose head is large enough for one token's value to differ from the next one's."""
     model = load_value_base(folder, torch.float32).eval()
     torch.manual_seed(1)
     torch.nn.init.normal_(value_head(model).weight)
@@ -52,7 +53,8 @@ def gvm(folder):
 
 @torch.no_grad()
 def at_the_end(model, ids):
-    """What a model says at the last token of a text that it reads alone, without padding, masks or positions."""
+    """What a model says at the last token of a text that it reads alone, without
+    padding, masks or positions."""
     return model(input_ids=torch.tensor([ids])).logits[0, -1]
 
 
@@ -77,7 +79,8 @@ def assert_rows(got, wanted):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_the_state_before_the_token(policy, temperature):
-    """response_logprobs equals the loop over prefixes at the sampler's temperature; one slot off would not."""
+    """response_logprobs equals the loop over prefixes at the sampler's
+    temperature; one slot off would not."""
     got, entropy = train_dvpo.response_logprobs(policy, padded(), temperature)
     wanted = slow_logprobs(policy, temperature)
     assert_rows(got, wanted)
@@ -88,7 +91,8 @@ def test_logprobs_are_those_of_the_state_before_the_token(policy, temperature):
 
 
 def test_sft_trains_the_same_logprobs(policy, folder):
-    """sft's loss is minus the sum of the looped log-probs: every response token with its EOS, and nothing else."""
+    """sft's loss is minus the sum of the looped log-probs: every response token with
+    its EOS, and nothing else."""
     loss, count = sft.batch_loss(policy, list(zip(PROMPTS, RESPONSES)), load_tokenizer(folder), CPU)
     assert loss.item() == pytest.approx(-sum(map(sum, slow_logprobs(policy))), abs=1e-3)
     assert count == len(ENDS)
@@ -102,7 +106,8 @@ def test_values_are_read_after_the_token(gvm, folder):
 
 
 def test_values_one_token_early_or_late_would_be_seen(gvm):
-    """The tests above can fail: shifted by one slot the values differ from the looped ones in every row that has two."""
+    """The tests above can fail: shifted by one slot the values differ from the looped ones
+    in every row that has two."""
     got, wanted = train_dvpo.response_values(gvm, padded()), slow_values(gvm)
     for i, numbers in enumerate(wanted):
         early = [abs(a - b) for a, b in zip(got[i, :len(numbers) - 1].tolist(), numbers[1:])]
@@ -122,14 +127,16 @@ def test_rows_beside_a_row_and_padding_change_nothing(policy, gvm):
 
 
 def test_models_for_reading_have_no_dropout(policy, gvm):
-    """In train mode too two passes agree exactly: otherwise ratio 1 and KL 0 would not hold at the first step."""
+    """In train mode too two passes agree exactly: otherwise ratio 1 and KL 0 would
+    not hold at the first step."""
     for model in (policy.train(), gvm.train()):
         ids = torch.tensor([PROMPTS[2]])
         assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_the_first_eos_is_trained_and_nothing_after_it():
-    """The mask comes from lengths: EOS as padding is out, EOS as an action or inside a prompt is what it is."""
+    """The mask comes from lengths: EOS as padding is out, EOS as an action or
+    inside a prompt is what it is."""
     batch = padded()
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
         assert batch.mask[i].tolist() == [t < len(response) for t in range(6)]
@@ -140,14 +147,16 @@ def test_the_first_eos_is_trained_and_nothing_after_it():
 
 
 def test_reward_model_scores_are_read_at_the_answers_last_token(models_folder, tmp_path):
-    """Pad is EOS here too: the score of a padded batch equals that of stock transformers on each chat alone."""
+    """Pad is EOS here too: the score of a padded batch equals that of stock
+    transformers on each chat alone."""
     torch.manual_seed(2)
     model = AutoModelForSequenceClassification.from_pretrained(models_folder / "llama", num_labels=1).eval()
     model.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(models_folder / "llama")
     tokenizer.save_pretrained(tmp_path)
     texts = ["yes", "no it is not red .", "it is"]
-    wanted = [model(input_ids=torch.tensor([chat_ids(tokenizer, CHAT) + answer_ids(tokenizer, text)])).logits.item()
+    wanted = [model(input_ids=torch.tensor([chat_ids(tokenizer, CHAT)
+                                            + answer_ids(tokenizer, text)])).logits.item()
               for text in texts]
     got = reward_model_scores(tmp_path, [(CHAT, text) for text in texts], torch.float32, CPU, micro_batch=2)
     assert got == pytest.approx(wanted, abs=1e-5) and max(wanted) - min(wanted) > 0.01
@@ -171,7 +180,8 @@ def distance(p, q):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_samples_follow_softmax_of_logits_over_temperature(policy, folder, temperature):
-    """4000 seeds, one token: the frequencies are the model's probabilities at this temperature and at no other."""
+    """4000 seeds, one token: the frequencies are the model's probabilities at this
+    temperature and at no other."""
     got = frequencies(policy, folder, temperature)
     logits = at_the_end(policy, PROMPTS[0])
     assert distance(got, torch.softmax(logits / temperature, -1)) < 0.05
@@ -179,9 +189,11 @@ def test_samples_follow_softmax_of_logits_over_temperature(policy, folder, tempe
 
 
 def test_the_checkpoints_own_sampling_settings_are_not_used(folder, policy, tmp_path):
-    """A saved generation_config that would make every sample greedy, short and odd leaves sampling at T = 1 alone."""
-    policy.generation_config = GenerationConfig(do_sample=True, top_k=1, temperature=0.1, repetition_penalty=5.0,
-                                                suppress_tokens=[9, 10], eos_token_id=EOS, pad_token_id=EOS)
+    """A saved generation_config that would make every sample greedy, short and odd
+    leaves sampling at T = 1 alone."""
+    policy.generation_config = GenerationConfig(do_sample=True, top_k=1, temperature=0.1,
+                                                repetition_penalty=5.0, suppress_tokens=[9, 10],
+                                                eos_token_id=EOS, pad_token_id=EOS)
     policy.save_pretrained(tmp_path)
     load_tokenizer(folder).save_pretrained(tmp_path)
     model = load_policy(tmp_path, load_tokenizer(tmp_path), torch.float32)
@@ -199,7 +211,8 @@ def test_temperature_0_is_greedy(policy, folder):
 
 
 def test_a_rows_sample_does_not_depend_on_the_rows_beside_it(policy, folder):
-    """The noise is the row's own: alone, in a batch and in reverse order it says the same; another seed another thing."""
+    """The noise is the row's own: alone, in a batch and in reverse order it says the same;
+    another seed another thing."""
     together = sample(policy, folder)
     assert [sample(policy, folder, [prompt], [seed])[0] for seed, prompt in enumerate(PROMPTS)] == together
     assert sample(policy, folder, PROMPTS[::-1], [3, 2, 1, 0])[::-1] == together
@@ -229,7 +242,8 @@ def test_sampled_ids_are_scored_as_they_are(policy, folder):
     rows = train_dvpo.rollout(policy, prompts, range(20), tokenizer, args, CPU)
     assert [row["response_ids"] for row in rows] == sample(policy, folder, PROMPTS * 5, range(20), 8)
     assert [row["truncated"] for row in rows] == [EOS not in row["response_ids"] for row in rows]
-    assert any(tokenizer(row["response"], add_special_tokens=False).input_ids != row["response_ids"][:-1] for row in rows)
+    assert any(tokenizer(row["response"], add_special_tokens=False).input_ids != row["response_ids"][:-1]
+               for row in rows)
     zeros = lambda policy, rows, tau: [[0.5] * (1 + len(row["response_ids"])) for row in rows]
     batch, old, ref, values, _ = train_dvpo.score(policy, policy, zeros, rows, [], tokenizer, args, CPU)
     for i, row in enumerate(rows):
@@ -239,15 +253,9 @@ def test_sampled_ids_are_scored_as_they_are(policy, folder):
     assert torch.equal(old, ref) and old.shape == batch.mask.shape
 
 
-def test_sampled_tokens_are_as_likely_in_training_as_when_sampled(policy, folder):
-    """The trainer's log-probs at T are those that the sampler drew from: greedy tokens are the most likely ones."""
-    answers = sample(policy, folder, temperature=0.0)
-    logp, entropy = train_dvpo.response_logprobs(policy, collate(PROMPTS, answers, EOS), 0.01)
-    assert all(logp[i, t] > -0.7 for i, answer in enumerate(answers) for t in range(len(answer)))  # more than half of all
-
-
 def test_a_missing_eos_costs_once_and_at_the_last_token(flags, chain, tmp_path, monkeypatch):
-    """--missing_eos_penalty: a truncated answer keeps its tokens and pays at its last one, a complete one pays nothing."""
+    """--missing_eos_penalty: a truncated answer keeps its tokens and pays at its last one, a
+    complete one pays nothing."""
     seen = []
     original = train_dvpo.advantages
     monkeypatch.setattr(train_dvpo, "advantages", lambda *args: seen.append(args) or original(*args))
@@ -265,7 +273,6 @@ def test_a_missing_eos_costs_once_and_at_the_last_token(flags, chain, tmp_path, 
 def test_there_is_one_bos_if_the_template_writes_it(template, tmp_path):
     """The template is the only one to write BOS, whatever the tokenizer itself likes to add."""
     tokenizer = word_tokenizer(template=template)
-    from tokenizers.processors import TemplateProcessing
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>",
                                                                     special_tokens=[("<s>", 0), ("</s>", 1)])
     tokenizer.save_pretrained(tmp_path)
@@ -277,10 +284,12 @@ def test_there_is_one_bos_if_the_template_writes_it(template, tmp_path):
 
 
 def test_prompt_and_answer_do_not_merge_at_their_boundary(tmp_path):
-    """":" + "A" is one token of this vocabulary; the answer still starts with a token of its own, as when generated."""
+    """":" + "A" is one token of this vocabulary; the answer still starts with a token of
+    its own, as when generated."""
     vocab = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", "Q", "A", ":", ":A", "\n"])}
     bpe = Tokenizer(models.BPE(vocab, [(":", "A")], unk_token="<unk>"))
-    template = "{% for m in messages %}{{ m['content'] }}:{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    template = ("{% for m in messages %}{{ m['content'] }}:"
+                "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}")
     PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
                             chat_template=template).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
@@ -291,7 +300,8 @@ def test_prompt_and_answer_do_not_merge_at_their_boundary(tmp_path):
 
 @pytest.mark.parametrize("behind, eos", [("<turn_end>\n", "<turn_end>"), ("</s>", "</s>"), (" .\n", "</s>")])
 def test_eos_is_the_special_token_behind_an_assistant_turn(behind, eos, tmp_path):
-    """A chat model may end turns with a token that is not its tokenizer's EOS (Gemma); a plain word is never taken."""
+    """A chat model may end turns with a token that is not its tokenizer's EOS (Gemma); a
+    plain word is never taken."""
     words = [*WORDS, "<turn_end>"]
     template = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] }}" + behind + "{% endfor %}"
     word_tokenizer(words, template, additional_special_tokens=["<turn_end>"]).save_pretrained(tmp_path)
@@ -317,7 +327,8 @@ def test_tau_is_earlier_turns_of_the_same_chat(models_folder):
 
 
 def test_values_under_tau_are_read_on_the_response_only(gvm, folder):
-    """tau moves the values and the slots stay: V(s_1), then one per response token, as the loop over prefixes says."""
+    """tau moves the values and the slots stay: V(s_1), then one per response token, as
+    the loop over prefixes says."""
     tokenizer = load_tokenizer(folder)
     rows = [{"prompt": CHAT, "response_ids": response} for response in RESPONSES]
     args = SimpleNamespace(micro_batch=3)
@@ -329,25 +340,57 @@ def test_values_under_tau_are_read_on_the_response_only(gvm, folder):
 
 
 def offline_rows():
-    return [{"prompt": [{"role": "user", "content": f"is thing{i % 6} red ?"}], "text": "yes ." if policy else "no .",
-             "policy": policy, "group": i % 6, "prompt_ids": [0], "response_ids": [10, EOS]}
+    return [{"prompt": [{"role": "user", "content": f"is thing{i % 6} red ?"}],
+             "text": "yes ." if policy else "no .", "policy": policy, "group": i % 6,
+             "prompt_ids": [0], "response_ids": [10, EOS]}
             for i in range(12) for policy in (0, 1)]
 
 
 def test_tau_in_training_shows_the_same_policy_on_other_prompts(models_folder):
     """K answers of the row's own policy, none of its own group; fewer where there are fewer."""
     rows = offline_rows()
-    source = train_gvm.TauSource(rows, load_tokenizer(models_folder / "llama"), 3, 128, SETTINGS)
-    seen = set()
+    tokenizer = load_tokenizer(models_folder / "llama")
+    source, seen = train_gvm.TauSource(rows, tokenizer, 128, SETTINGS), set()
     for step in range(30):
         for row in rows[:4]:
-            tau = source.draw(row["policy"], row["group"], keyed_rng(1, step))
+            tau = source.draw(row["policy"], row["group"], keyed_rng(1, step), 3)
             assert len(tau) == 3 and {answer for _, answer in tau} == {row["text"]}
             assert row["prompt"][0]["content"] not in {question for question, _ in tau}
             seen.update(question for question, _ in tau)
     assert len(seen) == 6
-    assert train_gvm.TauSource(rows[:2], source.tokenizer, 3, 128, SETTINGS).draw(0, 0, keyed_rng(1)) == []
-    assert train_gvm.TauSource(rows, source.tokenizer, 0, 128, SETTINGS).draw(0, 0, keyed_rng(1)) == []
+    assert source.draw(0, 0, keyed_rng(1), 0) == []
+    assert train_gvm.TauSource(rows[:2], tokenizer, 128, SETTINGS).draw(0, 0, keyed_rng(1), 3) == []
+
+
+def test_tau_grows_from_nothing_to_k():
+    """No pairs in the first half of the warm-up, one more at a time in its second half, k from there on;
+    without a warm-up k at once."""
+    args = SimpleNamespace(k=3, tau_warmup=0.6)
+    pairs = [train_gvm.tau_pairs(step, 100, args) for step in range(100)]
+    assert pairs[:29] == [0] * 29 and pairs[60:] == [3] * 40
+    assert pairs == sorted(pairs) and set(pairs) == {0, 1, 2, 3}
+    assert train_gvm.tau_pairs(0, 10, SimpleNamespace(k=2, tau_warmup=0.0)) == 2
+
+
+def test_both_answers_of_a_pair_are_ranked_under_one_tau(models_folder, monkeypatch):
+    """The policies of the good and of the bad answer lend tau in turn; a value that only
+    knows tau ranks by chance."""
+    tokenizer, asked = load_tokenizer(models_folder / "llama"), []
+    rows = [{**row, "prompt_ids": chat_ids(tokenizer, row["prompt"])} for row in offline_rows()]
+    pairs = list(zip(rows[1::2], rows[::2]))  # policy 1 is the good one
+
+    def values(engine, prompts, responses, tokenizer, device):
+        asked.extend(tokenizer.decode(prompt) for prompt in prompts)
+        yes = torch.tensor([[float(text.count("yes"))] for text in asked[-len(prompts):]])
+        return yes.expand(-1, 3), collate(prompts, responses, EOS)
+    monkeypatch.setattr(train_gvm, "values", values)
+    engine = SimpleNamespace(eval=lambda: None, train=lambda: None)
+    source = train_gvm.TauSource(rows, tokenizer, 128, SETTINGS)
+    args = SimpleNamespace(k=2, split_seed=0, micro_batch=2)
+    result = train_gvm.held_out_ranking(engine, pairs, source, tokenizer, args, 0, 1, CPU)
+    assert result["eval/accuracy"] == 0.5 and asked[::2] == asked[1::2] and len(asked) == 4 * len(pairs)
+    lenders = [text.count("yes .") for text in asked[::2]]
+    assert lenders == [2, 0] * len(pairs)
 
 
 def test_tau_in_rl_prefers_prompts_outside_the_batch():
@@ -356,20 +399,23 @@ def test_tau_in_rl_prefers_prompts_outside_the_batch():
     for step in range(20):
         drawn = [row["group"] for row in train_dvpo.draw_tau(previous, {0, 1, 2, 3}, 3, keyed_rng(step))]
         assert set(drawn[:2]) == {4, 5} and drawn[2] < 4
-        assert drawn == [row["group"] for row in train_dvpo.draw_tau(previous, {0, 1, 2, 3}, 3, keyed_rng(step))]
+        assert drawn == [row["group"] for row in train_dvpo.draw_tau(previous, {0, 1, 2, 3}, 3,
+                                                                     keyed_rng(step))]
     assert train_dvpo.draw_tau(previous, set(), 0, keyed_rng(1)) == []
 
 
 def test_what_exceeds_the_context_loses_the_first_pair_of_tau(models_folder):
-    """The prompt and the answer are never cut; both stages leave out whole pairs, the first one first."""
+    """The prompt and the answer are never cut; both stages leave out whole pairs, the first one first, and
+    rows that share a tau lose the same ones."""
     tokenizer = load_tokenizer(models_folder / "llama")
-    row = {"prompt": CHAT, "response_ids": RESPONSES[0], "group": 0}
+    row = {"prompt": CHAT, "response_ids": RESPONSES[0]}
+    short = {"prompt": CHAT, "response_ids": RESPONSES[2]}
     both, last, none = (len(chat_ids(tokenizer, CHAT, tau)) + 4 for tau in (TAU, TAU[1:], []))
     for context, left in ((both, TAU), (both - 1, TAU[1:]), (last, TAU[1:]), (last - 1, []), (none, [])):
-        source = train_gvm.TauSource([], tokenizer, 2, context, SETTINGS)
-        assert source.prompt_ids(row, TAU) == chat_ids(tokenizer, CHAT, left)
+        source = train_gvm.TauSource([], tokenizer, context, SETTINGS)
+        assert source.prompts([row, short], TAU) == [chat_ids(tokenizer, CHAT, left)] * 2
         assert source.shortened == (left != TAU)
-        assert train_dvpo.fit_tau(TAU, [row], tokenizer, {"context": context}) == left
+        assert train_dvpo.fit_tau(TAU, [short, row], tokenizer, {"context": context}) == left
 
 
 def test_tau_follows_the_policy(flags, chain, tmp_path, monkeypatch):
@@ -378,7 +424,8 @@ def test_tau_follows_the_policy(flags, chain, tmp_path, monkeypatch):
     rollout, score = train_dvpo.rollout, train_dvpo.score
     monkeypatch.setattr(train_dvpo, "rollout", lambda *args: rollouts.append(rollout(*args)) or rollouts[-1])
     monkeypatch.setattr(train_dvpo, "score", lambda *args: scored.append(args[4]) or score(*args))
-    run_stage(train_dvpo, **flags.dvpo, sft_model=chain.sft, value_model=chain.gvm, output_dir=tmp_path, eval_every=0)
+    run_stage(train_dvpo, **flags.dvpo, sft_model=chain.sft, value_model=chain.gvm, output_dir=tmp_path,
+              eval_every=0)
     first, extra, second, third = rollouts
     assert len(extra) == 2  # step 0 has no step before: K extra prompts
     for tau, before in zip(scored, (extra, first, second)):

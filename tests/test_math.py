@@ -1,5 +1,6 @@
-"""The equations, each against its definition written out slowly: returns (Eq. 1), the normalized advantage (Eq. 2), the
-clipped surrogate (Eq. 3), GAE, the KL controller, the losses' averages and the learning rates."""
+"""The equations, each against its definition written out slowly: returns (Eq. 1), the
+normalized advantage (Eq. 2), the clipped surrogate (Eq. 3), GAE, the KL controller, the losses'
+averages and the learning rates."""
 
 import json
 import math
@@ -19,7 +20,8 @@ LENGTHS = [5, 1, 3, 6]
 
 
 def ragged(lengths=LENGTHS, seed=0):
-    """Random values [B, 1 + R], rewards [B] and the mask [B, R] of rows of unequal length; noise under the padding."""
+    """Random values [B, 1 + R], rewards [B] and the mask [B, R] of rows of unequal
+    length; noise under the padding."""
     torch.manual_seed(seed)
     R = max(lengths)
     mask = torch.arange(R) < torch.tensor(lengths)[:, None]
@@ -88,7 +90,8 @@ def test_nothing_is_learned_behind_eos():
 
 
 def test_td_loss_follows_the_semi_gradient():
-    """d loss / d Q_t = -2 (G_t - Q_t): the bootstrapped target is a constant, and the loss is a sum over slots."""
+    """d loss / d Q_t = -2 (G_t - Q_t): the bootstrapped target is a constant, and the
+    loss is a sum over slots."""
     q, reward, mask = ragged()
     q.requires_grad_()
     target = td_targets(q, reward, mask, 0.9, 0.5)
@@ -109,12 +112,14 @@ def test_batch_normalize_is_equation_2():
     advantage, mu, sigma = batch_normalize(q, mask)
     tokens = q.numpy()[mask.numpy()]
     assert (mu, sigma) == pytest.approx((tokens.mean(), tokens.std()), rel=1e-5)
-    assert advantage[mask].tolist() == pytest.approx(((tokens - tokens.mean()) / tokens.std()).tolist(), abs=1e-5)
+    assert advantage[mask].tolist() == pytest.approx(((tokens - tokens.mean()) / tokens.std()).tolist(),
+                                                     abs=1e-5)
     assert (advantage[~mask] == 0).all()
     assert torch.equal(batch_normalize(q + 100 * ~mask, mask)[0], advantage)
 
 
-@pytest.mark.parametrize("q, mask", [([[0.7]], [[True]]), ([[0.5] * 3] * 2, [[True] * 3, [True, False, False]]),
+@pytest.mark.parametrize("q, mask", [([[0.7]], [[True]]),
+                                     ([[0.5] * 3] * 2, [[True] * 3, [True, False, False]]),
                                      ([[0.3, 0.4]], [[False, False]])])
 def test_batch_normalize_of_one_token_equal_tokens_or_none_is_zero(q, mask):
     """Without any spread no token is better than another."""
@@ -173,7 +178,8 @@ def test_gae_weighs_later_deltas_by_lambda():
     """A_t = sum_l lambda^l (Q_{t+l} - Q_{t+l-1} - penalty_{t+l}), before the normalization."""
     values, _, mask = ragged()
     penalty = torch.rand(mask.shape)
-    rows = [[sum(0.7 ** (k - t) * (values[i, k + 1] - values[i, k] - penalty[i, k]).item() for k in range(t, T))
+    rows = [[sum(0.7 ** (k - t) * (values[i, k + 1] - values[i, k] - penalty[i, k]).item()
+                 for k in range(t, T))
              for t in range(T)] for i, T in enumerate(LENGTHS)]
     assert_rows(advantages("gae", values, penalty, mask, 0.7)[0], whitened(rows))
 
@@ -195,9 +201,10 @@ def test_released_is_the_authors_recipe_token_by_token():
 
 
 def test_released_pushes_answers_better_than_the_mean_to_go_on():
-    """Where V is a constant v along an answer, A_t = -lambda^(T-t) v up to a scale: the EOS of a good answer is pushed
-    down the most, that of a bad one up. A length bias that the values themselves do not contain."""
-    values = torch.tensor([[0.8] * 5, [0.2] * 5])  # a good and a bad answer of T = 4 tokens, whitened to v = +1 and -1
+    """Where V is a constant v along an answer, A_t = -lambda^(T-t) v up to a scale: the EOS of a good answer
+    is pushed down the most, that of a bad one up. A length bias that the values themselves do not contain."""
+    # A good and a bad answer of T = 4 tokens, whitened to v = +1 and -1
+    values = torch.tensor([[0.8] * 5, [0.2] * 5])
     mask = torch.ones(2, 4, dtype=torch.bool)
     advantage, _, _ = advantages("released", values, torch.zeros(2, 4), mask, 0.9)
     wanted = torch.tensor([-0.9 ** (3 - t) for t in range(4)])
@@ -211,10 +218,11 @@ def test_released_pushes_answers_better_than_the_mean_to_go_on():
     (1.1, 2.0, 2.2, 2.2, 0), (1.5, 2.0, 2.4, 0.0, 1), (0.5, 2.0, 1.0, 1.0, 0),
     (1.1, -2.0, -2.2, -2.2, 0), (1.5, -2.0, -3.0, -3.0, 0), (0.5, -2.0, -1.6, 0.0, 1)])
 def test_the_surrogate_clips_only_what_would_gain(ratio, advantage, surrogate, slope, clipped):
-    """epsilon 0.2. A token already moved far enough the right way gets no gradient; the wrong way it keeps its own
-    (d ratio / d log pi = ratio)."""
+    """epsilon 0.2. A token already moved far enough the right way gets no gradient; the wrong way it keeps
+    its own (d ratio / d log pi = ratio)."""
     logp = torch.tensor([[math.log(ratio) - 3.0]], requires_grad=True)
-    loss, stats = policy_loss(logp, torch.tensor([[-3.0]]), torch.tensor([[advantage]]), torch.tensor([[True]]), 0.2)
+    loss, stats = policy_loss(logp, torch.tensor([[-3.0]]), torch.tensor([[advantage]]),
+                              torch.tensor([[True]]), 0.2)
     loss.backward()
     assert loss.item() == pytest.approx(-surrogate, rel=1e-5)
     assert logp.grad.item() == pytest.approx(-slope, abs=1e-5)
@@ -222,7 +230,8 @@ def test_the_surrogate_clips_only_what_would_gain(ratio, advantage, surrogate, s
 
 
 def test_policy_loss_sums_over_response_tokens():
-    """Padding counts for nothing in the loss, in its gradient and in the statistics (k2 KL, ratio and its square)."""
+    """Padding counts for nothing in the loss, in its gradient and in the statistics (k2
+    KL, ratio and its square)."""
     _, _, mask = ragged()
     torch.manual_seed(1)
     logp, old, advantage = (0.1 * torch.randn(mask.shape) for _ in range(3))
@@ -244,7 +253,8 @@ def test_policy_loss_sums_over_response_tokens():
 def test_an_absurd_log_ratio_stays_finite(log_ratio, advantage):
     """exp(10000) would be inf, and inf * 0 NaN."""
     logp = torch.tensor([[log_ratio, 0.0]], requires_grad=True)
-    loss, stats = policy_loss(logp, torch.zeros(1, 2), torch.full((1, 2), advantage), torch.tensor([[True, False]]), 0.2)
+    loss, stats = policy_loss(logp, torch.zeros(1, 2), torch.full((1, 2), advantage),
+                              torch.tensor([[True, False]]), 0.2)
     loss.backward()
     assert loss.isfinite() and logp.grad.isfinite().all() and stats.isfinite().all()
 
@@ -252,7 +262,8 @@ def test_an_absurd_log_ratio_stays_finite(log_ratio, advantage):
 def test_a_row_without_tokens_adds_nothing():
     """An all-masked row leaves loss and gradient at exactly 0."""
     logp = torch.randn(1, 3, requires_grad=True)
-    loss, stats = policy_loss(logp, torch.randn(1, 3), torch.randn(1, 3), torch.zeros(1, 3, dtype=torch.bool), 0.2)
+    loss, stats = policy_loss(logp, torch.randn(1, 3), torch.randn(1, 3),
+                              torch.zeros(1, 3, dtype=torch.bool), 0.2)
     loss.backward()
     assert loss == 0 and (logp.grad == 0).all() and (stats == 0).all()
 
@@ -260,7 +271,8 @@ def test_a_row_without_tokens_adds_nothing():
 @pytest.mark.parametrize("kl, error", [(6.6, 0.1), (60.0, 0.2), (5.4, -0.1), (0.0, -0.2), (-3.0, -0.2)])
 def test_beta_follows_ziegler(kl, error):
     """beta_{t+1} = beta_t (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)."""
-    assert next_kl_coef(0.3, kl, target=6.0, horizon=100, episodes=8) == pytest.approx(0.3 * (1 + error * 8 / 100))
+    assert next_kl_coef(0.3, kl, target=6.0, horizon=100, episodes=8) == \
+           pytest.approx(0.3 * (1 + error * 8 / 100))
 
 
 def test_beta_is_fixed_without_a_target():
@@ -299,7 +311,8 @@ def test_runs_go_through_the_whole_schedule(chain, flags, stage, name):
     """A run's steps are optimizer steps: its last learning rate is the one before the schedule's end."""
     rows, lr = metrics(getattr(chain, name)), getattr(flags, name)["lr"]
     args = SimpleNamespace(lr=lr, warmup_steps=2)
-    assert [row["lr"] for row in rows] == [stage.learning_rate(step, len(rows), args) for step in range(len(rows))]
+    assert [row["lr"] for row in rows] == [stage.learning_rate(step, len(rows), args)
+                                           for step in range(len(rows))]
     assert stage.learning_rate(len(rows), len(rows), args) == pytest.approx(0.0, abs=1e-12)
 
 
@@ -309,15 +322,17 @@ def test_the_logged_beta_moves_as_the_logged_kl_says(chain, flags):
     args = json.loads((chain.dvpo / "args.json").read_text())
     assert rows[0]["objective/kl_coef"] == args["kl_coef"]
     for before, after in zip(rows, rows[1:]):
-        wanted = next_kl_coef(before["objective/kl_coef"], before["objective/kl"], args["kl_target"], args["kl_horizon"],
-                              flags.dvpo["rollout_batch"])
-        assert after["objective/kl_coef"] == pytest.approx(wanted) and after["objective/kl_coef"] != args["kl_coef"]
+        wanted = next_kl_coef(before["objective/kl_coef"], before["objective/kl"], args["kl_target"],
+                              args["kl_horizon"], flags.dvpo["rollout_batch"])
+        assert (after["objective/kl_coef"] == pytest.approx(wanted)
+                and after["objective/kl_coef"] != args["kl_coef"])
 
 
 # ---- the order of the data ----
 
 def test_epochs_visit_every_row_once_and_any_step_can_be_asked_for():
-    """Data order is a function of the step: asking from the middle gives what a run from the start would see."""
+    """Data order is a function of the step: asking from the middle gives what a run
+    from the start would see."""
     rows = epoch_rows(7, 0, 21, seed=3)
     assert all(sorted(rows[i:i + 7]) == list(range(7)) for i in (0, 7, 14)) and rows[:7] != rows[7:14]
     assert epoch_rows(7, 5, 10, seed=3) == rows[5:15]
@@ -325,4 +340,5 @@ def test_epochs_visit_every_row_once_and_any_step_can_be_asked_for():
 
 def test_draws_depend_on_their_key_alone():
     """(seed, step) names a draw: no state, so ranks and restarts agree."""
-    assert keyed_rng(1, 2).integers(2**60) == keyed_rng(1, 2).integers(2**60) != keyed_rng(1, 3).integers(2**60)
+    assert (keyed_rng(1, 2).integers(2**60) == keyed_rng(1, 2).integers(2**60)
+            != keyed_rng(1, 3).integers(2**60))

@@ -1,19 +1,23 @@
-"""Argument values of `--model toy`, per script. They replace the defaults; what is given on the command line wins."""
+"""Argument values of `--model toy`, per script. They replace the defaults;
+what is given on the command line wins."""
 
 SPLIT_SEED = 100                        # under this seed the most facts occur in every share of the prompts
 
 COMMON = {"split_seed": SPLIT_SEED, "max_length": 64, "ds_config": "ds_configs/fp32.json"}
 
 DEFAULTS = {
-    "sft": {**COMMON, "base_model": "toy/build/model", "data": "toy/build/sft.jsonl", "lr": 2e-3, "warmup_steps": 10,
-            "max_steps": 500, "epochs": 1000, "batch_size": 64, "micro_batch": 64},
-    "train_gvm": {**COMMON, "data": "toy/build/preferences.jsonl", "reward": "score", "k": 4, "tau_question_tokens": 20,
-                  "tau_answer_tokens": 24, "lr": 3e-3, "max_steps": 800, "epochs": 1000, "batch_size": 64,
-                  "micro_batch": 64},
+    "sft": {**COMMON, "base_model": "toy/build/model", "data": "toy/build/sft.jsonl", "lr": 2e-3,
+            "warmup_steps": 10, "max_steps": 500, "epochs": 1000, "batch_size": 64, "micro_batch": 64},
+    "train_gvm": {**COMMON, "data": "toy/build/preferences.jsonl", "reward": "score", "k": 4,
+                  "tau_question_tokens": 20, "tau_answer_tokens": 24, "lora_dropout": 0.0, "lr": 3e-3,
+                  "max_steps": 700, "epochs": 1000, "batch_size": 64, "micro_batch": 64},
     "train_dvpo": {"split_seed": SPLIT_SEED, "ds_config": "ds_configs/fp32.json",
                    "data": "toy/build/preferences.jsonl", "truth_fn": "toy.exact:true_reward",
                    "max_prompt_length": 32, "response_length": 24, "rollout_batch": 32, "micro_batch": 16,
-                   "accum_steps": 1, "ppo_epochs": 2, "lr": 5e-5, "kl_coef": 0.1, "kl_target": 0.5, "kl_horizon": 400,
-                   "max_steps": 150, "eval_every": 50, "sample_every": 25},
-    "evaluate": {"data": "toy/build/preferences.jsonl", "split_seed": SPLIT_SEED},
+                   "accum_steps": 1, "ppo_epochs": 2, "lr": 1e-4, "kl_coef": 0.1, "kl_target": 0.7,
+                   "kl_horizon": 400, "max_steps": 80, "eval_every": 40, "sample_every": 20},
+    "evaluate": {"split_seed": SPLIT_SEED, "data": "toy/build/preferences.jsonl", "dtype": "float32",
+                 "micro_batch": 64, "reference_fn": "toy.reference:values",
+                 "unseen_data": "toy/build/unseen.jsonl", "truth_fn": "toy.exact:true_reward",
+                 "max_prompt_length": 32, "response_length": 24},
 }

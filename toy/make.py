@@ -34,7 +34,7 @@ SPLIT_CANDIDATES = 200
 POLICIES_PER_ROW = 4
 ROWS_PER_PROMPT = 12                    # so each training policy answers every prompt about 6 times
 UNSEEN_ROWS_PER_PROMPT = 2
-SFT_ANSWERS_PER_PROMPT = 8
+SFT_ANSWERS_PER_PROMPT = 32
 
 # "<bos> <turn> question <turn> answer <eos> <turn> next question <turn>". A rendered chat ends where the
 # answer is due, with or without add_generation_prompt: a prompt is always the beginning of the chat with its

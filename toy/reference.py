@@ -19,8 +19,8 @@ def whole_question(text):
     """
     found = [prompt for prompt in PROMPTS if prompt.startswith(text)]
     if len({FACT_OF[prompt] for prompt in found}) != 1:
-        raise BadInput(f"toy.reference: tau's question {text!r} no longer tells which fact it asks; train the value "
-                       "model with a larger --tau_question_tokens.")
+        raise BadInput(f"toy.reference: tau's question {text!r} does not tell which fact it asks; train the "
+                       "value model with a larger --tau_question_tokens.")
     return found[0]
 
 
@@ -40,8 +40,8 @@ def reference(row):
 def values(rows):
     """Exact and Bayes values along each row's answer, and from where on it is decided whether it is right.
 
-    rows     dicts with prompt (messages), policy (name), tau (list of (question, answer) text pairs), response (text)
-    returns  a dict per row of three lists of T + 1 entries, entry 0 before anything is said, entry t after token t:
-             exact (float, units of r), bayes (float), decided (bool, True from the token after the first "is" on)
+    rows     dicts with prompt (messages), policy (name), tau ((question, answer) text pairs), response (text)
+    returns  a dict per row of three lists of T + 1 entries, entry 0 before anything is said, entry t after
+             token t: exact and bayes (floats, units of r), decided (bools, from the token after "is" on)
     """
     return [reference(row) for row in rows]

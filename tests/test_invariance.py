@@ -1,0 +1,170 @@
+"""How a batch is dealt into micro batches and over ranks is bookkeeping: losses, advantages and
+the updated weights do not depend on it, for any ZeRO stage. Rows have unequal lengths, as only
+then a wrong denominator shows."""
+
+import json
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sft
+import train_dvpo
+import train_gvm
+import worker_ranks
+from common import answer_ids, chat_ids, load_policy, load_tokenizer
+from conftest import FP32, ROOT, clean_env, feedback_rows, metrics, recorded, run_stage, write_jsonl
+
+# Seconds; a launch takes 15, and a minute or more where DeepSpeed still has to compile its CPU library
+LAUNCH_TIMEOUT = 400
+
+
+def deepspeed_ranks(*command):
+    """Run a script on two ranks with the real launcher."""
+    launcher = Path(sys.executable).parent / "deepspeed"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, launcher, "--num_gpus", "2", "--master_port", str(port), *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, env=clean_env(), timeout=LAUNCH_TIMEOUT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+# ---- micro batches ----
+
+def weights_after_one_step(stage, flags, monkeypatch, **changes):
+    """Run one optimizer step of a stage's own main, as plain SGD: the step is then the gradient itself.
+    Returns {parameter: (before, after)}."""
+    seen, start = [], {}
+    recorded(monkeypatch, stage, "save_model", seen)
+
+    def sgd(params, lr, weight_decay):
+        start["optimizer"] = torch.optim.SGD(params, lr=lr)
+        start["weights"] = [p.detach().clone() for group in start["optimizer"].param_groups
+                            for p in group["params"]]
+        start["params"] = [p for group in start["optimizer"].param_groups for p in group["params"]]
+        return start["optimizer"]
+    monkeypatch.setattr(torch.optim, "AdamW", sgd)
+    run_stage(stage, **{**flags, "max_steps": 1, "max_grad_norm": 1e6, "lr": 0.1, **changes})
+    monkeypatch.undo()
+    module = seen[0][0][0].module
+    names = {id(p): name for name, p in module.named_parameters()}
+    return {names[id(p)]: (before, p.detach().clone())
+            for p, before in zip(start["params"], start["weights"])}
+
+
+def assert_same_step(one, other, tolerance=1e-5):
+    moved = max((after - before).abs().max().item() for before, after in one.values())
+    assert moved > 100 * tolerance
+    for name, (_, after) in one.items():
+        assert torch.allclose(after, other[name][1], atol=tolerance), name
+
+
+@pytest.mark.parametrize("stage, name", [(sft, "sft"), (train_gvm, "gvm"), (train_dvpo, "dvpo")])
+def test_the_gradient_does_not_depend_on_the_micro_batch(stage, name, flags, chain, tmp_path, monkeypatch):
+    """One optimizer batch of 4 rows as 1 x 4, 2 x 2 or 4 x 1: the same step, through the stage's own loop."""
+    steps = []
+    for micro in (1, 2, 4):
+        changes = {"micro_batch": micro, "output_dir": tmp_path / str(micro)}
+        if stage is train_dvpo:
+            changes.update(sft_model=chain.sft, value_model=chain.gvm, accum_steps=4 // micro, ppo_epochs=1,
+                           rollout_batch=4, response_length=12)
+        else:
+            changes.update(batch_size=4)
+        if stage is train_gvm:
+            changes.update(sft_model=chain.sft, lora_dropout=0.0)
+        steps.append(weights_after_one_step(stage, getattr(flags, name), monkeypatch, **changes))
+    assert_same_step(steps[0], steps[1])
+    assert_same_step(steps[0], steps[2])
+
+
+def test_the_sft_step_is_the_gradient_of_the_mean_over_tokens(flags, models_folder, tmp_path, monkeypatch):
+    """Against plain PyTorch: all rows of the data in one batch, every answer read alone,
+    averaged over all tokens."""
+    folder = models_folder / "llama"
+    tokenizer = load_tokenizer(folder)
+    rows = [{"instruction": f"is thing{i} red ?",
+             "output": "yes it is red indeed ."[:4 + 6 * (i % 4)].strip()}
+            for i in range(6)]
+    got = weights_after_one_step(sft, flags.sft, monkeypatch, data=write_jsonl(tmp_path / "rows.jsonl", rows),
+                                 batch_size=6, warmup_steps=1, output_dir=tmp_path / "out")
+    model, loss, tokens = load_policy(folder, tokenizer, torch.float32), 0.0, 0
+    for row in rows:
+        prompt = chat_ids(tokenizer, [{"role": "user", "content": row["instruction"]}])
+        answer = answer_ids(tokenizer, row["output"])
+        logp = torch.log_softmax(model(input_ids=torch.tensor([prompt + answer])).logits[0], -1)
+        loss = loss - sum(logp[len(prompt) + t - 1, y] for t, y in enumerate(answer))
+        tokens += len(answer)
+    (loss / tokens).backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(got[name][1], got[name][0] - 0.1 * p.grad, atol=1e-5), name
+    assert metrics(tmp_path / "out")[0]["loss"] == pytest.approx(loss.item() / tokens, abs=1e-4)
+
+
+# ---- ranks ----
+
+@pytest.fixture(scope="module")
+def ranks(chain, models_folder, tmp_path_factory):
+    """The same rollouts on one rank without ZeRO (in this process), and on two ranks with ZeRO 1, 2 and 3."""
+    out, rng = tmp_path_factory.mktemp("ranks"), random.Random(0)
+    rows = []
+    for i, length in enumerate((3, 8, 1, 5, 2, 7, 4, 6)):
+        prompt = [0, *(rng.randrange(3, 32) for _ in range(3 + i % 4))]
+        response = [rng.randrange(3, 32) for _ in range(length - 1)] + [1 if i % 2 else 9]
+        rows.append({"prompt_ids": prompt, "response_ids": response, "seed": 100 + i, "truncated": i % 2 == 0,
+                     "values": [rng.uniform(-1, 1) for _ in range(length + 1)]})
+    job = {"policy": str(chain.dvpo), "reference": str(models_folder / "llama"), "rows": rows,
+           "advantage": "gae", "out": str(out)}
+    (out / "job.json").write_text(json.dumps({**job, "stages": [1, 2, 3]}))
+    deepspeed_ranks("tests/worker_ranks.py", out / "job.json")
+    return out, worker_ranks.run({**job, "stages": [0]})["0"], json.loads((out / "result.json").read_text())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_do_what_one_does(ranks, stage):
+    """Samples, advantages (normalized over all ranks), loss and KL are those of one
+    rank, for ZeRO 1, 2 and 3."""
+    _, one, several = ranks
+    two = several[str(stage)]
+    assert two["sampled"] == one["sampled"] and len({len(ids) for ids in one["sampled"]}) > 1
+    assert two["updates"] == one["updates"] == 1
+    for name in ("mean", "std", "loss", "approxkl", "first_ratio"):
+        assert two[name] == pytest.approx(one[name], abs=1e-4), name
+    for got, wanted in zip(two["advantages"], one["advantages"], strict=True):
+        assert got == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_write_the_policy_that_one_writes(ranks, chain, stage):
+    """The saved policy has whole tensors under ZeRO-3 too, moved as one rank moved them,
+    though generation failed once."""
+    out, _, _ = ranks
+    start, one = (load_file(chain.dvpo / "model.safetensors"),
+                  load_file(out / "policy0-1" / "model.safetensors"))
+    two = load_file(out / f"policy{stage}-2" / "model.safetensors")
+    assert two.keys() == one.keys() and max((one[k] - start[k]).abs().max().item() for k in one) > 1e-2
+    for name in one:
+        assert torch.allclose(two[name], one[name], atol=1e-4), name
+
+
+def test_rows_that_do_not_divide_by_the_ranks_still_finish(models_folder, tmp_path):
+    """Five training rows and five held out, batches of 4 on two ranks: nobody waits for a row that never
+    comes, and the step is the one that a single rank takes."""
+    rows = feedback_rows(30)
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    flags = {"model": models_folder / "llama", "data": data, "batch_size": 4, "micro_batch": 1, "epochs": 1,
+             "ds_config": FP32, "max_length": 64, "lr": 1e-3}
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    printed = deepspeed_ranks("sft.py", *words, "--output_dir", tmp_path / "two")
+    run_stage(sft, **flags, output_dir=tmp_path / "one")
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert "5 rows, 5 held out" in printed and len(two) == len(one) == 2
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=1e-4)
+    assert [row["num_tokens"] for row in two] == [row["num_tokens"] for row in one]

@@ -1,0 +1,76 @@
+"""One step of DVPO on fixed rollouts, with train_dvpo's own functions, on any number
+of ranks and any ZeRO stage.
+
+    deepspeed --num_gpus 2 tests/worker_ranks.py JOB.json        writes the JSON test_invariance.py compares
+
+The job names a folder with the policy, another with the reference, the rollouts (each row with
+its values), the stages and an output folder. Every rank takes its half of the rows, as the
+rollouts of a real run are its own.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import deepspeed
+import torch
+
+import train_dvpo
+from common import (freeze, gather_rows, init_distributed, load_policy, load_tokenizer, save_model,
+                    whole_weights)
+
+
+def step(job, stage):
+    """Roll out, score, take advantages, update once over all rows, save. Returns what
+    must not depend on the ranks."""
+    rank, world, device = init_distributed()
+    n = len(job["rows"]) // world
+    rows = job["rows"][rank * n:(rank + 1) * n]
+    config = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+              "gradient_clipping": 0.0, "train_micro_batch_size_per_gpu": 1,
+              "managed_gradient_accumulation": False,
+              "zero_allow_untested_optimizer": True}
+    args = SimpleNamespace(micro_batch=1, accum_steps=n, ppo_epochs=1, temperature=1.0, cliprange=0.2, seed=1,
+                           early_stop_kl=0.0, lr=0.1, response_length=8)
+    tokenizer = load_tokenizer(job["policy"])
+    policy = load_policy(job["policy"], tokenizer, torch.float32)
+    # plain SGD: the step is the gradient itself, where Adam would hide a wrong scale
+    optimizer = torch.optim.SGD(policy.parameters(), lr=args.lr)
+    engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
+    reference = freeze(load_policy(job["reference"], tokenizer, torch.float32), config, device)
+
+    sampled = train_dvpo.rollout(engine, rows, [row["seed"] for row in rows], tokenizer, args, device)
+    try:
+        with whole_weights(engine):
+            raise KeyError("generation fails")
+    except KeyError:
+        pass  # training goes on as if nothing had happened
+
+    value = lambda policy, rows, tau: [row["values"] for row in rows]
+    batch, old, ref, values, _ = train_dvpo.score(engine, reference, value, rows, [], tokenizer, args, device)
+    kl = (old - ref) * batch.mask
+    advantage, mean, std = train_dvpo.advantages(job["advantage"], values, 0.1 * kl, batch.mask, 0.95)
+    stats, first_ratio = train_dvpo.update(engine, batch, old, advantage, 0, args, device)
+    save_model(engine, tokenizer, Path(job["out"]) / f"policy{stage}-{world}")
+    return {"sampled": gather_rows([row["response_ids"] for row in sampled]), "mean": mean, "std": std,
+            "advantages": gather_rows([row[m].tolist() for row, m in zip(advantage, batch.mask)]),
+            "loss": stats["loss/policy_avg"], "approxkl": stats["policy/approxkl_avg"],
+            "updates": stats["policy/updates"], "first_ratio": first_ratio}
+
+
+def run(job):
+    """{stage: what it gave} of all the job's stages."""
+    for stage in job["stages"]:
+        for folder in (f"policy{stage}-1", f"policy{stage}-2"):
+            (Path(job["out"]) / folder).mkdir(exist_ok=True)
+    return {str(stage): step(job, stage) for stage in job["stages"]}
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[-1]).read_text())  # the launcher puts --local_rank first
+    result = run(job)
+    if torch.distributed.get_rank() == 0:
+        (Path(job["out"]) / "result.json").write_text(json.dumps(result))
