@@ -19,6 +19,7 @@ import shutil
 import socket
 import sys
 import time
+import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -81,6 +82,7 @@ def init_distributed():
     # A value head is missing from an SFT model by design: no report of it
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's business, not the user's
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

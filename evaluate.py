@@ -19,7 +19,7 @@ plot    Curves of runs over steps (Figure 3), with a band of one standard deviat
     python evaluate.py policy --policies sft=runs/toy/sft dvpo=runs/toy/dvpo
     python evaluate.py plot --runs dvpo=runs/toy/dvpo --png curves.png
 
-Reads the test share of the data (10 % of the prompts), models and logs; writes what --json, --html .. name.
+Reads the test share of the data (10 % of the prompts), models, logs; writes what --json, --html .. name.
 
 Legend: B rows, P prompt slots (left padded, tau included), R response slots (right padded), T tokens.
 """
@@ -31,6 +31,7 @@ import re
 import sys
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -138,16 +139,15 @@ def token_values(gvm, jobs):
 
 
 def under_tau(gvm, pool, policy, rows, rng):
-    """[(tau + prompt ids, response ids)] of rows of one group, and tau: K (question, answer)s by `policy`.
+    """[(tau + prompt ids, response ids)] of rows of one group, and tau: K questions and answers of `policy`.
 
     They are of other groups, and fewer where it has fewer or, as in training, where the context ends: the
     first ones are left out first.
     """
-    k, context, tau = gvm.settings["k"], gvm.settings["context"], []
+    k, context, group = gvm.settings["k"], gvm.settings["context"], rows[0]["group"]
     lent = pool[policy] if k else []
-    for i in rng.permutation(len(lent)):
-        if len(tau) < k and lent[i]["group"] != rows[0]["group"]:
-            tau.append(cut_pair(gvm.tokenizer, lent[i]["prompt"], lent[i]["response"], gvm.settings))
+    others = (lent[i] for i in rng.permutation(len(lent)) if lent[i]["group"] != group)
+    tau = [cut_pair(gvm.tokenizer, row["prompt"], row["response"], gvm.settings) for row in islice(others, k)]
     for first in range(len(tau) + 1):
         jobs = [(chat_ids(gvm.tokenizer, row["prompt"], tau[first:]), row["response_ids"]) for row in rows]
         if max(len(prompt) + len(response) for prompt, response in jobs) <= context:
@@ -167,7 +167,7 @@ def read_held_out(source, gvm, args):
 
     returns  rows   responses of the test share that are no longer than those of training, with response_ids
              pairs  (good, bad) of them, one of each record that prefers an answer
-             pool   {policy: its rows of the value and test shares}, from which tau is drawn;  {reason: left out}
+             pool   {policy: its rows of the value and test shares}, for tau;  and {reason: number left out}
     """
     records, limit = read_data(source, args.allow_dropped), gvm.settings["max_length"]
     if gvm.settings["k"] and not has_policy_names(records):
@@ -269,7 +269,7 @@ def compare_with_reference(gvm, rows, pool, reference, args):
     for row, v, k in zip(chosen, values, known):
         exact, bayes, decided = (np.asarray(k[name]) for name in ("exact", "bayes", "decided"))
         if not v.shape == exact.shape == bayes.shape == decided.shape:
-            raise BadInput(f"--reference_fn {args.reference_fn}: {len(exact)} values, where a row has {len(v)}.")
+            raise BadInput(f"--reference_fn {args.reference_fn}: {len(exact)} values for a row of {len(v)}.")
         gaps = np.stack([v - exact, v - bayes, bayes - exact])  # [3, 1 + T]
         for half, here in zip(halves, (~decided, decided)):
             errors[half, row["policy"]].append(gaps[:, here])
@@ -335,7 +335,7 @@ PAGE = """<!doctype html>
 <title>What each token is worth</title>
 <style>
 body { font: 17px/1.3 system-ui, sans-serif; color: #111; background: #fff; max-width: 60rem; padding: 1rem }
-h1, span { overflow-wrap: anywhere; white-space: pre-wrap }
+p, span { overflow-wrap: anywhere; white-space: pre-wrap }
 span { display: inline-block; margin: .1rem; padding: .1rem; text-align: center; vertical-align: top }
 small { display: block; font-size: .68rem; color: #333 }
 </style>
@@ -346,7 +346,7 @@ small { display: block; font-size: .68rem; color: #333 }
 def page(result, low, high):
     """A page that needs no network: every token with its value under it. All texts are escaped."""
     parts = [PAGE, f"<p>tau: {result['k']} answers of {html.escape(str(result['tau_policy']))}</p>",
-             f"<h1>{html.escape(result['question'])}</h1>"]
+             f"<p>{html.escape(result['question'])}</p>"]
     for answer in result["responses"]:
         parts.append(f"<h2>{html.escape(answer['label'])}: mean {answer['mean']:+.2f}</h2>")
         for text, value in zip(["question", *answer["tokens"]], answer["values"]):
@@ -472,7 +472,7 @@ def policy_report(rows, first):
 
 def evaluate_policy(args, device):
     """One model is in memory at a time: the policies in turn, then the reference, then each scorer."""
-    named = named_paths("--policies", args.policies, ("sft", "dvpo", "ppo"), args.model)
+    named = named_paths("--policies", args.policies, ("sft", "dvpo", "ppo"), "config.json", args)
     if len(dict(named)) < len(named):
         raise BadInput("--policies: two of them have one name; give each its own.")
     first, reference = named[0]
@@ -534,7 +534,7 @@ def mean_and_band(metric, label, seeds):
 def evaluate_plot(args, device):
     from matplotlib.figure import Figure
     runs, result = defaultdict(dict), defaultdict(dict)
-    for label, path in named_paths("--runs", args.runs, ("dvpo", "ppo"), args.model):
+    for label, path in named_paths("--runs", args.runs, ("dvpo", "ppo"), "metrics.jsonl", args):
         path = path if path.endswith(".jsonl") else f"{path}/metrics.jsonl"
         runs[label][path] = read_metrics(path)
     files = [curves for seeds in runs.values() for curves in seeds.values()]
@@ -559,10 +559,10 @@ def evaluate_plot(args, device):
 COMMANDS = {"gvm": evaluate_gvm, "values": evaluate_values, "policy": evaluate_policy, "plot": evaluate_plot}
 
 
-def named_paths(flag, specs, stages, model):
-    """[[name, path]] of name=path words, or of those stages that runs/<model name> holds."""
-    runs = Path("runs") / Path(model).name
-    specs = specs or [f"{stage}={runs / stage}" for stage in stages if (runs / stage).exists()]
+def named_paths(flag, specs, stages, file, args):
+    """[[name, path]] of name=path words, or of those stages of runs/<model name> that have the file."""
+    runs = Path("runs") / Path(args.model).name
+    specs = specs or [f"{stage}={runs / stage}" for stage in stages if (runs / stage / file).exists()]
     if not specs:
         raise BadInput(f"{runs} holds no {' or '.join(stages)} yet: train one, or give {flag} name=path.")
     for spec in specs:

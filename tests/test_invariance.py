@@ -154,17 +154,35 @@ def test_two_ranks_write_the_policy_that_one_writes(ranks, chain, stage):
         assert torch.allclose(two[name], one[name], atol=1e-4), name
 
 
-def test_rows_that_do_not_divide_by_the_ranks_still_finish(models_folder, tmp_path):
-    """Five training rows and five held out, batches of 4 on two ranks: nobody waits for a row that never
-    comes, and the step is the one that a single rank takes."""
-    rows = feedback_rows(30)
-    data = write_jsonl(tmp_path / "data.jsonl", rows)
-    flags = {"model": models_folder / "llama", "data": data, "batch_size": 4, "micro_batch": 1, "epochs": 1,
-             "ds_config": FP32, "max_length": 64, "lr": 1e-3}
-    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    printed = deepspeed_ranks("sft.py", *words, "--output_dir", tmp_path / "two")
-    run_stage(sft, **flags, output_dir=tmp_path / "one")
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert "5 rows, 5 held out" in printed and len(two) == len(one) == 2
-    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=1e-4)
-    assert [row["num_tokens"] for row in two] == [row["num_tokens"] for row in one]
+def on_one_and_two_ranks(stage, flags, folder):
+    """Metrics of the same run on one rank (in this process) and on two; and what the two printed."""
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    printed = deepspeed_ranks(f"{stage.__name__}.py", *words, "--output_dir", folder / "two")
+    run_stage(stage, **flags, output_dir=folder / "one")
+    return metrics(folder / "one"), metrics(folder / "two"), printed
+
+
+def assert_same_metrics(one, two, *names):
+    assert len(one) == len(two)
+    for name in names:
+        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=1e-4), name
+
+
+def test_rows_that_do_not_divide_by_the_ranks_still_finish(flags, tmp_path):
+    """Five training rows and five held out, batches of 4 on two ranks: nobody waits for a row that never comes,
+    and loss and gradient are those of a single rank."""
+    data = write_jsonl(tmp_path / "data.jsonl", feedback_rows(30))
+    given = {**flags.sft, "data": data, "micro_batch": 1, "epochs": 1}
+    one, two, printed = on_one_and_two_ranks(sft, given, tmp_path)
+    assert "5 rows, 5 held out" in printed and len(two) == 2
+    assert_same_metrics(one, two, "loss", "grad_norm", "num_tokens")
+
+
+def test_a_gvm_learns_the_same_on_two_ranks(flags, chain, tmp_path):
+    """The same draws of tau, loss, gradient and held-out ranking as on one rank."""
+    given = {**flags.gvm, "sft_model": chain.sft, "batch_size": 4, "micro_batch": 1, "lora_dropout": 0.0,
+             "tau_warmup": 0.0}
+    one, two, _ = on_one_and_two_ranks(train_gvm, given, tmp_path)
+    assert_same_metrics(one, two, "loss", "grad_norm", "num_tokens", "value/mean")
+    assert two[-1]["eval/accuracy"] == one[-1]["eval/accuracy"]
+    assert two[-1]["eval/margin"] == pytest.approx(one[-1]["eval/margin"], abs=1e-4)

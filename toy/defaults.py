@@ -15,9 +15,9 @@ DEFAULTS = {
                    "data": "toy/build/preferences.jsonl", "truth_fn": "toy.exact:true_reward",
                    "max_prompt_length": 32, "response_length": 24, "rollout_batch": 32, "micro_batch": 16,
                    "accum_steps": 1, "ppo_epochs": 2, "lr": 1e-4, "kl_coef": 0.1, "kl_target": 0.7,
-                   "kl_horizon": 400, "max_steps": 80, "eval_every": 40, "sample_every": 20},
+                   "kl_horizon": 400, "max_steps": 60, "eval_every": 30, "sample_every": 20},
     "evaluate": {"split_seed": SPLIT_SEED, "data": "toy/build/preferences.jsonl", "dtype": "float32",
-                 "micro_batch": 64, "reference_fn": "toy.reference:values",
+                 "micro_batch": 64, "pairs": 300, "reference_fn": "toy.reference:values",
                  "unseen_data": "toy/build/unseen.jsonl", "truth_fn": "toy.exact:true_reward",
                  "max_prompt_length": 32, "response_length": 24},
 }
