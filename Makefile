@@ -15,6 +15,8 @@ $(VENV)/installed: requirements.txt
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
 	$(PYTHON) -m pip install --quiet -r requirements.txt
+	@echo "building the small C++ library that DeepSpeed uses on the CPU (about a minute, once)"
+	$(PYTHON) -c "from common import init_distributed; init_distributed()"
 	touch $@
 
 demo: install
