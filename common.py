@@ -89,6 +89,9 @@ def init_distributed():
             port = free.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
+    if not torch.cuda.is_available() and os.environ["RANK"] == "0":
+        print("starting (the first run on a CPU compiles for a minute or more; if it hangs here, an earlier one "
+              "was killed meanwhile: delete the file `lock` in the torch_extensions folder)", flush=True)
     deepspeed.init_distributed(verbose=False)
     device = torch.device("cpu")
     if torch.cuda.is_available():

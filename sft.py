@@ -99,8 +99,9 @@ def sft_rows(records, tokenizer, args):
             dropped[f"prompt + response over --max_length {args.max_length}"] += 1
         else:
             (test if share == "test" else train).append(row)
-    report_drops(dropped, len(train) + len(test) + sum(dropped.values()), args.data, args.allow_dropped,
-                 log=print0)
+    if train or test or dropped:
+        report_drops(dropped, len(train) + len(test) + sum(dropped.values()), args.data, args.allow_dropped,
+                     log=print0)
     if not train:
         raise BadInput(f"--data {args.data}: no row is left to train on; its prompts are too few for the "
                        f"SFT share.")

@@ -379,8 +379,9 @@ def rl_prompts(records, tokenizer, args):
             dropped[f"prompt over --max_prompt_length {args.max_prompt_length}"] += 1
         else:
             (train if share == "rl" else test).append(row)
-    report_drops(dropped, len(train) + len(test) + sum(dropped.values()), args.data, args.allow_dropped,
-                 log=print0)
+    if train or test or dropped:
+        report_drops(dropped, len(train) + len(test) + sum(dropped.values()), args.data, args.allow_dropped,
+                     log=print0)
     if not train:
         raise BadInput(f"--data {args.data}: no prompt is left to train on; its prompts are too few for the "
                        f"RL share.")
@@ -388,6 +389,9 @@ def rl_prompts(records, tokenizer, args):
 
 
 def check_batches(args, world):
+    if args.temperature <= 0 or args.response_length < 1:
+        raise BadInput(f"--temperature {args.temperature:g} must be above 0 (log-probs are taken at it) and "
+                       f"--response_length {args.response_length} at least 1.")
     size = args.micro_batch * args.accum_steps
     if (min(args.rollout_batch, args.micro_batch, args.accum_steps, args.ppo_epochs) < 1
             or args.rollout_batch % size):

@@ -155,7 +155,8 @@ def trajectories(records, tokenizer, args):
             train += rows
         elif len(rows) == 2:
             pairs.append(tuple(rows))
-    report_drops(dropped, kept + sum(dropped.values()), args.data, args.allow_dropped, log=print0)
+    if kept or dropped:
+        report_drops(dropped, kept + sum(dropped.values()), args.data, args.allow_dropped, log=print0)
     if not train:
         raise BadInput(f"--data {args.data}: no trajectory is left to train on; its prompts are too few for "
                        f"the value share.")

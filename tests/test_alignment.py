@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, GenerationConfig, PreTrainedTokenizerFast
 
@@ -18,7 +18,7 @@ import train_dvpo
 import train_gvm
 from common import (answer_ids, chat_ids, collate, generate, keyed_rng, load_policy, load_tokenizer,
                     load_value_base, reward_model_scores, value_head)
-from conftest import TEMPLATE, WORDS, run_stage, tiny_llama, word_tokenizer
+from conftest import TEMPLATE, WORDS, run_stage, word_tokenizer
 
 EOS, CPU = 1, torch.device("cpu")
 PROMPTS = [[0, 3, 6, 9, 15, 7], [0, 20, 6], [0, 3, 6, 21, EOS, 4, 6, 8, 9], [5, 30, 29, 28]]

@@ -18,7 +18,7 @@ import train_dvpo
 import train_gvm
 import worker_ranks
 from common import answer_ids, chat_ids, load_policy, load_tokenizer
-from conftest import FP32, ROOT, clean_env, feedback_rows, metrics, recorded, run_stage, write_jsonl
+from conftest import ROOT, clean_env, feedback_rows, metrics, recorded, run_stage, write_jsonl
 
 # Seconds; a launch takes 15, and a minute or more where DeepSpeed still has to compile its CPU library
 LAUNCH_TIMEOUT = 400
@@ -141,6 +141,14 @@ def test_two_ranks_do_what_one_does(ranks, stage):
         assert got == pytest.approx(wanted, abs=1e-4)
 
 
+def test_generation_gives_the_weights_back(ranks):
+    """Under ZeRO-3 it gathers them whole; afterwards, though it failed, they are in shards and the hooks
+    in place."""
+    two = ranks[2]["3"]
+    assert two["whole"] == 0 < ranks[1]["whole"]
+    assert two["hooks"][0] == two["hooks"][1] > 0
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_ranks_write_the_policy_that_one_writes(ranks, chain, stage):
     """The saved policy has whole tensors under ZeRO-3 too, moved as one rank moved them,
@@ -169,8 +177,8 @@ def assert_same_metrics(one, two, *names):
 
 
 def test_rows_that_do_not_divide_by_the_ranks_still_finish(flags, tmp_path):
-    """Five training rows and five held out, batches of 4 on two ranks: nobody waits for a row that never comes,
-    and loss and gradient are those of a single rank."""
+    """Five training rows and five held out, batches of 4 on two ranks: nobody waits for a row that never
+    comes, and loss and gradient are those of a single rank."""
     data = write_jsonl(tmp_path / "data.jsonl", feedback_rows(30))
     given = {**flags.sft, "data": data, "micro_batch": 1, "epochs": 1}
     one, two, printed = on_one_and_two_ranks(sft, given, tmp_path)

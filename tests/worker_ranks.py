@@ -42,12 +42,14 @@ def step(job, stage):
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
     reference = freeze(load_policy(job["reference"], tokenizer, torch.float32), config, device)
 
+    hooks = zero3_hooks(engine, stage)
     sampled = train_dvpo.rollout(engine, rows, [row["seed"] for row in rows], tokenizer, args, device)
     try:
         with whole_weights(engine):
             raise KeyError("generation fails")
     except KeyError:
         pass  # training goes on as if nothing had happened
+    whole = sum(p.numel() > 0 for p in policy.parameters())
 
     value = lambda policy, rows, tau: [row["values"] for row in rows]
     batch, old, ref, values, _ = train_dvpo.score(engine, reference, value, rows, [], tokenizer, args, device)
@@ -58,7 +60,13 @@ def step(job, stage):
     return {"sampled": gather_rows([row["response_ids"] for row in sampled]), "mean": mean, "std": std,
             "advantages": gather_rows([row[m].tolist() for row, m in zip(advantage, batch.mask)]),
             "loss": stats["loss/policy_avg"], "approxkl": stats["policy/approxkl_avg"],
-            "updates": stats["policy/updates"], "first_ratio": first_ratio}
+            "updates": stats["policy/updates"], "first_ratio": first_ratio,
+            "whole": whole, "hooks": (hooks, zero3_hooks(engine, stage))}
+
+
+def zero3_hooks(engine, stage):
+    """How many hooks gather and release the weights around each layer."""
+    return len(engine.optimizer.parameter_offload.forward_hooks) if stage == 3 else 0
 
 
 def run(job):
