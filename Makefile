@@ -4,6 +4,8 @@ VENV = .venv
 # DeepSpeed compiles into a folder of this environment: shared with another one it would be rebuilt
 # at every switch.
 export TORCH_EXTENSIONS_DIR = $(CURDIR)/$(VENV)/torch_extensions
+# The toy is so small that a second thread costs more than it brings.
+export OMP_NUM_THREADS = 1
 PYTHON = $(VENV)/bin/python
 LAUNCH = PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(VENV)/bin/deepspeed --num_gpus 1
 

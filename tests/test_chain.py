@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+# Set in this process when an earlier test ran a script in it; a new single-rank process finds its own.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def launch(script, *flags, ranks=2):
@@ -86,7 +88,7 @@ def test_evaluate_reads_what_the_stages_wrote(world, sft, gvm):
     """The four sub-commands on the chain's outputs, one process, and their files."""
     data = ["--data", str(world / "toy/preferences.jsonl")]
     run = [sys.executable, "evaluate.py"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**{k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}, "OMP_NUM_THREADS": "1"}
     for command, made in (
             (["gvm", "--value_model", gvm, *data, "--pairs", "10", "--reference_fn", "", "--unseen_data", "",
               "--json", world / "gvm.json"], "gvm.json"),
