@@ -16,6 +16,8 @@ SCRIPTS = ("sft", "train_gvm", "train_dvpo")
 def test_every_file_and_function_named_exists():
     """Paths in backticks and the equation-to-code table point at something."""
     for name in set(re.findall(r"`([\w./]+\.(?:py|json|txt))`", README)) - {"metrics.jsonl"}:
+        if name.startswith("runs/"):
+            continue  # made by the commands, not part of the tree
         assert (ROOT / name).exists() or (ROOT / "ds_configs" / name).exists(), name
     named = re.findall(r"`(common|data|train_gvm|train_dvpo|sft)\.(\w+)`", README)
     assert len(named) >= 10
