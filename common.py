@@ -82,7 +82,7 @@ def init_distributed():
     # A value head is missing from an SFT model by design: no report of it
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's business, not the user's
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # a call inside peft, not ours
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -90,8 +90,8 @@ def init_distributed():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
     if not torch.cuda.is_available() and os.environ["RANK"] == "0":
-        print("starting (the first run on a CPU compiles for a minute or more; if it hangs here, an earlier one "
-              "was killed meanwhile: delete the file `lock` in the torch_extensions folder)", flush=True)
+        print("starting (the first run on a CPU compiles for a minute or more; if it hangs here, an earlier "
+              "one was killed meanwhile: delete the file `lock` in the torch_extensions folder)", flush=True)
     deepspeed.init_distributed(verbose=False)
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -120,8 +120,7 @@ def keyed_rng(*key):
 
 
 def split_batch(batch_size, micro_batch, world):
-    """batch_size = ranks x micro batch x accumulation. Returns the accumulation steps;
-    ValueError-free by one sentence."""
+    """Accumulation steps a, with batch_size = ranks x micro batch x a; BadInput where no whole number fits."""
     if min(batch_size, micro_batch) < 1 or batch_size % (micro_batch * world):
         raise BadInput(f"--batch_size {batch_size} must be a positive multiple of ranks x --micro_batch = "
                        f"{world} x {micro_batch}: change one of the two.")
