@@ -1,5 +1,5 @@
-# Two commands: `make demo` (install, then the whole method on the toy world)
-# and `make test` (install, then the tests).
+# `make demo` installs and runs the whole method on the toy world, `make test` installs and runs the tests,
+# `make compare` installs and measures DVPO against PPO on the toy world.
 VENV = .venv
 # DeepSpeed compiles into a folder of this environment: shared with another one it would be rebuilt
 # at every switch.
@@ -9,7 +9,7 @@ export OMP_NUM_THREADS = 1
 PYTHON = $(VENV)/bin/python
 LAUNCH = PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(VENV)/bin/deepspeed --num_gpus 1
 
-.PHONY: demo test install clean
+.PHONY: demo test compare install clean
 
 install: $(VENV)/installed
 
@@ -31,6 +31,9 @@ demo: install
 	$(PYTHON) evaluate.py plot --runs dvpo=runs/toy/dvpo/metrics.jsonl --png runs/toy/curves.png
 	$(PYTHON) evaluate.py policy --json runs/toy/policy.json
 	@echo "curves: runs/toy/curves.png   token values: runs/toy/values.html   tables: runs/toy/*.json"
+
+compare: install
+	$(PYTHON) results/run.py compare
 
 test: install
 	$(PYTHON) -m pytest -q

@@ -320,50 +320,75 @@ def value_head(model):
     return model.score if hasattr(model, "score") else model.classifier
 
 
+def check_head(folder, flag):
+    """Refuse an adapter folder whose one-label head was not saved: it would silently be a random one."""
+    from safetensors import safe_open
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as f:
+        if not any(re.search(r"\.(score|classifier)\.weight$", key) for key in f.keys()):
+            raise BadInput(f"{flag} {folder}: the head is missing from adapter_model.safetensors; train it "
+                           f"again.")
+
+
 def load_gvm(folder, dtype):
     """Global value model written by train_gvm.py: base + adapter + head, and the settings in its gvm.json."""
     from peft import PeftModel
-    from safetensors import safe_open
     folder = Path(folder)
     try:
         settings = json.loads((folder / "gvm.json").read_text())
-        with safe_open(folder / "adapter_model.safetensors", "pt") as f:
-            if not any(re.search(r"\.(score|classifier)\.weight$", key) for key in f.keys()):
-                raise BadInput(f"{folder}: the value head is missing from adapter_model.safetensors; "
-                               f"train it again.")
+        check_head(folder, "--value_model")
     except (OSError, ValueError) as e:
         raise BadInput(f"--value_model {folder}: not a folder that train_gvm.py wrote ({e}).") from None
     base = load_value_base(settings["base_model"], dtype, flag=f"base model of --value_model {folder}:")
     return disable_dropout(PeftModel.from_pretrained(base, folder)), settings
 
 
-@torch.no_grad()
-def reward_model_scores(folder, chats, dtype, device, micro_batch=8, flag="--reward_model"):
-    """Scores of any one-label sequence classifier (a folder, a peft adapter folder or
-    a hub id), one float a chat.
+def load_reward_model(folder, dtype, flag="--reward_model"):
+    """Any one-label sequence classifier (a folder, a peft adapter folder or a hub id) and its own tokenizer.
 
-    chats: (prompt messages, answer text) pairs. They are rendered with the reward model's own tokenizer and
-    template, because its vocabulary need not be the policy's, and read at the answer's last token.
+    Its scores are read by last_token_scores. A model without a trained head is refused: transformers would
+    put a random one on it.
     """
     tokenizer = load_tokenizer(folder, flag)
     if (Path(folder) / "adapter_config.json").exists():
         from peft import AutoPeftModelForSequenceClassification
+        check_head(folder, flag)
         model = pretrained(AutoPeftModelForSequenceClassification, folder, flag, num_labels=1, dtype=dtype)
     else:
-        model = pretrained(AutoModelForSequenceClassification, folder, flag, num_labels=1, dtype=dtype)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model = disable_dropout(model).to(device).eval()
-    backbone = model.get_base_model() if hasattr(model, "peft_config") else model
-    head = value_head(backbone)
+        model, info = pretrained(AutoModelForSequenceClassification, folder, flag, num_labels=1, dtype=dtype,
+                                 output_loading_info=True)
+        if info["missing_keys"]:
+            raise BadInput(f"{flag} {folder}: not a reward model, it has no trained one-label head; train "
+                           f"one with train_rm.py or name another.")
+    # No id equals -1, so that transformers takes the last position for the last token (see last_token_scores)
+    model.config.pad_token_id = -1
+    return disable_dropout(model).eval(), tokenizer
+
+
+def last_token_scores(model, prompts, responses, pad_id, device):
+    """Score of each answer, read at its last token; [B] float32.
+
+    Everything is padded on the left, so that this is the last position of every row. What transformers does
+    by itself, "the last id that is not pad", is wrong where pad is the EOS.
+    """
+    batch = collate([p + r for p, r in zip(prompts, responses)], [[]] * len(prompts), pad_id, device)
+    return model(input_ids=batch.ids, attention_mask=batch.attention,
+                 position_ids=batch.positions).logits[:, 0].float()
+
+
+@torch.no_grad()
+def reward_scores(model, tokenizer, chats, device, micro_batch):
+    """Scores of (prompt messages, answer token ids or text) pairs, one float each, in micro batches.
+
+    They are rendered with the reward model's own tokenizer and template, because its vocabulary need not be
+    the policy's. A text is a complete answer: EOS is put behind it.
+    """
     scores = []
     for i in range(0, len(chats), micro_batch):
-        batch = collate(*zip(*[(chat_ids(tokenizer, prompt), answer_ids(tokenizer, text))
-                               for prompt, text in chats[i:i + micro_batch]]), tokenizer.pad_token_id, device)
-        hidden = backbone.base_model(input_ids=batch.ids, attention_mask=batch.attention,
-                                     position_ids=batch.positions).last_hidden_state
-        # The answer's last token, and not "the last id that is not pad": pad may be the EOS itself
-        last = batch.P + batch.mask.sum(1) - 1
-        scores += head(hidden[torch.arange(len(last), device=last.device), last])[:, 0].float().tolist()
+        prompts, answers = zip(*chats[i:i + micro_batch])
+        scores += last_token_scores(
+            model, [chat_ids(tokenizer, prompt) for prompt in prompts],
+            [answer_ids(tokenizer, answer) if isinstance(answer, str) else answer for answer in answers],
+            tokenizer.pad_token_id, device).tolist()
     return scores
 
 

@@ -40,8 +40,8 @@ import torch
 from tqdm import tqdm  # comes with transformers
 
 from common import (answer_ids, chat_ids, collate, cut_pair, generate, init_distributed, keyed_rng, load_gvm,
-                    load_plug, load_policy, load_tokenizer, parse_args, reward_model_scores, stage_folder,
-                    tokenizer_fingerprint)
+                    load_plug, load_policy, load_reward_model, load_tokenizer, parse_args, reward_scores,
+                    stage_folder, tokenizer_fingerprint)
 from data import BadInput, has_policy_names, preference_pair, prompt_text, read_data, read_rows, split_of
 
 
@@ -252,8 +252,9 @@ def calibrate(gvm, rows, pairs, pool, args):
 
 
 def model_scores(reward_model, rows, args, device):
+    model, tokenizer = load_reward_model(reward_model, getattr(torch, args.dtype))
     chats = [(row["prompt"], row["response"]) for row in rows]
-    return reward_model_scores(reward_model, chats, getattr(torch, args.dtype), device, args.micro_batch)
+    return reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch)
 
 
 def compare_with_reference(gvm, rows, pool, reference, args):

@@ -325,19 +325,24 @@ def show_samples(rows, values, tokenizer, step, out):
 
 def rollout_metrics(rows, batch, kl, values, entropy, raw_mean, raw_std, beta, device):
     """Averages over all ranks. objective/kl is the sum over a response's tokens,
-    averaged over responses (as TRL)."""
+    averaged over responses (as TRL).
+
+    gvm/drift is the mean of Q(s_T, a_T) - V(s_1), last value less first. E[Q_(t+1) | s_t, a_t] = Q_t for the
+    values of the policy that sampled, so it is 0 while the GVM knows whom it is valuing; it needs no truth.
+    """
     mask = batch.mask
     length = mask.sum(1)
-    n, tokens, kl_sum, h, cut, v, v2, ended = all_sum(
+    n, tokens, kl_sum, h, cut, v, v2, ended, drift = all_sum(
         len(rows), mask.sum(), (kl * mask).sum(), (entropy * mask).sum(),
         sum(row["truncated"] for row in rows), (values[:, 1:] * mask).sum(),
-        (values[:, 1:] ** 2 * mask).sum(), sum(not row["truncated"] for row in rows), device=device)
+        (values[:, 1:] ** 2 * mask).sum(), sum(not row["truncated"] for row in rows),
+        (values.gather(1, length[:, None])[:, 0] - values[:, 0]).sum(), device=device)
     return {"objective/kl": kl_sum / n, "objective/kl_coef": beta, "objective/entropy": h / n,
             "objective/non_score_reward": -beta * kl_sum / n, "policy/entropy_avg": h / tokens,
             "completions/mean_length": tokens / n,
             "completions/max_length": max(gather_rows([int(length.max())])),
             "completions/clipped_ratio": cut / n, "val/num_eos_tokens": ended, "gvm/mean": v / tokens,
-            "gvm/std": max(v2 / tokens - (v / tokens) ** 2, 0.0) ** 0.5,
+            "gvm/std": max(v2 / tokens - (v / tokens) ** 2, 0.0) ** 0.5, "gvm/drift": drift / n,
             "advantages/mean": raw_mean, "advantages/std": raw_std}
 
 

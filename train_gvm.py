@@ -37,9 +37,9 @@ import numpy as np
 import torch
 
 from common import (MetricLog, all_sum, answer_ids, chat_ids, collate, cut_pair, ds_config, dtype_of,
-                    epoch_rows, gather_rows, init_distributed, keyed_rng, load_tokenizer, load_value_base,
-                    lora_targets, output_folder, parse_args, peak_memory_gb, print0, reward_model_scores,
-                    save_model, seed_everything, set_lr, split_batch, stage_folder, td_loss,
+                    epoch_rows, gather_rows, init_distributed, keyed_rng, load_reward_model, load_tokenizer,
+                    load_value_base, lora_targets, output_folder, parse_args, peak_memory_gb, print0,
+                    reward_scores, save_model, seed_everything, set_lr, split_batch, stage_folder, td_loss,
                     tokenizer_fingerprint)
 from data import BadInput, has_policy_names, preference_pair, prompt_text, read_data, report_drops, split_of
 
@@ -178,7 +178,8 @@ def model_rewards(train, args, dtype, device):
     """Fill in rewards from a reward model: (score - mean) / (2 standard deviations), about [-1, 1].
     Returns the map."""
     chats = [(row["prompt"], row["text"]) for row in train]
-    scores = np.array(reward_model_scores(args.reward_model, chats, dtype, device, args.micro_batch))
+    model, tokenizer = load_reward_model(args.reward_model, dtype)
+    scores = np.array(reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch))
     center, scale = float(scores.mean()), float(2 * scores.std() + 1e-8)
     for row, score in zip(train, scores):
         row["reward"] = float((score - center) / scale)

@@ -1,6 +1,6 @@
-"""What the tests share: a tokenizer without a pad token, two tiny random models, a small data file,
-and one run of the whole chain sft -> gvm -> dvpo. Everything is made here, in temporary folders, on
-the CPU, without a network."""
+"""What the tests share: a tokenizer without a pad token, two tiny random models, a small data file, one run
+of the whole chain sft -> gvm -> dvpo, and one of the baseline rm -> ppo. Everything is made here, in
+temporary folders, on the CPU, without a network."""
 
 import hashlib
 import json
@@ -23,6 +23,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import sft
 import train_dvpo
 import train_gvm
+import train_ppo
+import train_rm
 from common import parse_args
 
 torch.set_num_threads(1)
@@ -136,7 +138,10 @@ def flags(models_folder, data):
         gvm={**common, "max_length": 64, "batch_size": 8, "micro_batch": 4, "max_steps": 4, "lr": 1e-2,
              "k": 2, "tau_question_tokens": 8, "tau_answer_tokens": 8},
         dvpo={**common, "max_prompt_length": 32, "response_length": 6, "rollout_batch": 4, "micro_batch": 2,
-              "accum_steps": 1, "ppo_epochs": 2, "max_steps": 3, "lr": 1e-3})
+              "accum_steps": 1, "ppo_epochs": 2, "max_steps": 3, "lr": 1e-3},
+        rm={**common, "max_length": 64, "batch_size": 4, "micro_batch": 2, "max_steps": 6, "lr": 1e-2},
+        ppo={**common, "max_prompt_length": 32, "response_length": 6, "rollout_batch": 4, "micro_batch": 2,
+             "accum_steps": 1, "ppo_epochs": 2, "max_steps": 3, "lr": 1e-3, "critic_lr": 1e-3})
 
 
 def recorded(patch, stage, name, notes):
@@ -178,3 +183,35 @@ def chain(flags, tmp_path_factory):
     return SimpleNamespace(sft=folder / "sft", gvm=folder / "gvm", dvpo=folder / "dvpo",
                            sft_engine=sft_engine, gvm_engine=gvm_engine, policy=policy,
                            frozen=frozen, checked=checks[0][0])
+
+
+@pytest.fixture(scope="session")
+def baseline(chain, flags, tmp_path_factory):
+    """rm -> ppo (3 steps) from the chain's SFT model, run once in this process.
+
+    Has the folders rm and ppo; the engines rm_engine, policy, critic; frozen = [(model, its fingerprint when
+    it was frozen)], the reward model first and the reference second; start = the critic's fingerprint before
+    training.
+    """
+    folder, saved, frozen, critics, updates = tmp_path_factory.mktemp("baseline"), [], [], [], []
+    with pytest.MonkeyPatch.context() as patch:
+        recorded(patch, train_rm, "save_model", saved)
+        recorded(patch, train_ppo, "save_model", saved)
+        recorded(patch, train_ppo, "update", updates)
+        freeze, load_critic = train_ppo.freeze, train_ppo.load_critic
+
+        def freeze_and_note(*args):
+            model = freeze(*args)
+            frozen.append((model, fingerprint(model)))
+            return model
+
+        def load_and_note(*args):
+            critics.append(fingerprint(model := load_critic(*args)))
+            return model
+        patch.setattr(train_ppo, "freeze", freeze_and_note)
+        patch.setattr(train_ppo, "load_critic", load_and_note)
+        run_stage(train_rm, **flags.rm, sft_model=chain.sft, output_dir=folder / "rm")
+        run_stage(train_ppo, **flags.ppo, sft_model=chain.sft, reward_model=folder / "rm",
+                  output_dir=folder / "ppo")
+    return SimpleNamespace(rm=folder / "rm", ppo=folder / "ppo", rm_engine=saved[0][0][0],
+                           policy=saved[1][0][0], critic=updates[0][0][1], frozen=frozen, start=critics[0])

@@ -17,7 +17,7 @@ import sft
 import train_dvpo
 import train_gvm
 from common import (answer_ids, chat_ids, collate, generate, keyed_rng, load_policy, load_tokenizer,
-                    load_value_base, reward_model_scores, value_head)
+                    load_reward_model, load_value_base, reward_scores, value_head)
 from conftest import TEMPLATE, WORDS, run_stage, word_tokenizer
 
 EOS, CPU = 1, torch.device("cpu")
@@ -158,7 +158,8 @@ def test_reward_model_scores_are_read_at_the_answers_last_token(models_folder, t
     wanted = [model(input_ids=torch.tensor([chat_ids(tokenizer, CHAT)
                                             + answer_ids(tokenizer, text)])).logits.item()
               for text in texts]
-    got = reward_model_scores(tmp_path, [(CHAT, text) for text in texts], torch.float32, CPU, micro_batch=2)
+    loaded, tokenizer = load_reward_model(tmp_path, torch.float32)
+    got = reward_scores(loaded, tokenizer, [(CHAT, text) for text in texts], CPU, micro_batch=2)
     assert got == pytest.approx(wanted, abs=1e-5) and max(wanted) - min(wanted) > 0.01
 
 

@@ -1,5 +1,5 @@
-"""The commands a reader will type, through the launcher: sft -> train_gvm -> train_dvpo -> evaluate, two
-ranks on the CPU, with the bf16 ZeRO configs as they are shipped."""
+"""The commands a reader will type, through the launcher: sft -> train_gvm -> train_dvpo -> evaluate and
+train_rm -> train_ppo, two ranks on the CPU, with the bf16 ZeRO configs as they are shipped."""
 
 import json
 import os
@@ -82,6 +82,28 @@ def test_dvpo_on_two_ranks(world, sft, gvm, stage):
     from transformers import AutoModelForCausalLM
     before, after = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (sft, out))
     assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_the_baseline_under_zero3(world, sft):
+    """train_rm and train_ppo: gathered weights are whole, ratio 1 and KL 0 before the first update, and
+    policy and critic are updated."""
+    from safetensors.torch import load_file
+    data = ["--sft_model", sft, "--data", world / "toy/preferences.jsonl",
+            "--ds_config", "ds_configs/zero3.json"]
+    launch("train_rm.py", *data, "--max_steps", 2, "--batch_size", 16, "--micro_batch", 4, "--eval_pairs", 7,
+           "--output_dir", world / "rm")
+    weights = load_file(world / "rm" / "adapter_model.safetensors")
+    assert all(w.numel() > 0 and w.isfinite().all() for w in weights.values())
+    assert any(key.endswith("score.weight") for key in weights)
+    assert "eval/accuracy" in rows_of(world / "rm")[-1]
+    text = launch("train_ppo.py", *data, "--reward_model", world / "rm", "--rollout_batch", 4,
+                  "--micro_batch", 2, "--response_length", 8, "--max_steps", 2, "--lr", 1e-2,
+                  "--truth_fn", "toy.exact:sampled_reward", "--eval_prompts", 4,
+                  "--output_dir", world / "ppo")
+    assert "max |ratio - 1| 0.0e+00" in text and "KL 0.0e+00" in text
+    first, second = rows_of(world / "ppo")
+    assert first["objective/kl"] == 0 and second["objective/kl"] != 0 and "eval/scores" in second
+    assert first["loss/value_avg"] > 0 and first["critic/mean"] != second["critic/mean"]
 
 
 def test_evaluate_reads_what_the_stages_wrote(world, sft, gvm):

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SCRIPTS = ("sft", "train_gvm", "train_dvpo")
+SCRIPTS = ("sft", "train_rm", "train_gvm", "train_dvpo", "train_ppo")
 
 
 def test_every_file_and_function_named_exists():
@@ -19,7 +19,7 @@ def test_every_file_and_function_named_exists():
         if name.startswith("runs/"):
             continue  # made by the commands, not part of the tree
         assert (ROOT / name).exists() or (ROOT / "ds_configs" / name).exists(), name
-    named = re.findall(r"`(common|data|train_gvm|train_dvpo|sft)\.(\w+)`", README)
+    named = re.findall(r"`(common|data|train_gvm|train_dvpo|train_rm|train_ppo|sft)\.(\w+)`", README)
     assert len(named) >= 10
     for module, attribute in named:
         assert attribute == "py" or hasattr(importlib.import_module(module), attribute), (module, attribute)
@@ -31,7 +31,7 @@ def test_commands_exist_as_typed():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     assert {"demo", "test"} <= set(re.findall(r"^    make (\w+)", README, re.M)) <= targets
     commands = re.findall(r"^    (?:deepspeed|python)(?: --num_gpus \d)? (\w+)\.py(.*)$", README, re.M)
-    assert {"sft", "train_gvm", "train_dvpo", "evaluate"} <= {script for script, _ in commands}
+    assert {*SCRIPTS, "evaluate"} <= {script for script, _ in commands}
     for script, rest in commands:
         known = re.findall(r"^    (\w+): ", (ROOT / f"{script}.py").read_text(), re.M)
         assert set(re.findall(r"--(\w+)", rest)) <= set(known), (script, rest)
@@ -49,7 +49,7 @@ def test_flags_named_in_the_text_exist():
 def test_every_flag_is_read_and_explained(script):
     """No flag that nothing reads, none without help, at most about thirty."""
     module, source = importlib.import_module(script), (ROOT / f"{script}.py").read_text()
-    assert len(fields(module.Args)) <= 36
+    assert len(fields(module.Args)) <= 37
     # read in the script itself, or in common.py, which gets the whole of args or vars(args)
     text = source + (ROOT / "common.py").read_text()
     for field in fields(module.Args):
@@ -58,10 +58,10 @@ def test_every_flag_is_read_and_explained(script):
         assert re.search(rf"^    {field.name}: .*  # \S", source, re.M), f"{field.name} has no help"
 
 
-def test_every_logged_metric_is_in_the_table(chain):
-    """Keys of the three metrics.jsonl files of a whole run, each with a row in the README's table."""
+def test_every_logged_metric_is_in_the_table(chain, baseline):
+    """Keys of the five metrics.jsonl files of a whole run, each with a row in the README's table."""
     table = set(re.findall(r"`([\w/]+)`", README[README.index("| metric |"):README.index("## Results")]))
-    for folder in (chain.sft, chain.gvm, chain.dvpo):
+    for folder in (chain.sft, chain.gvm, chain.dvpo, baseline.rm, baseline.ppo):
         for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
             assert set(json.loads(line)) <= table, set(json.loads(line)) - table
 
@@ -73,7 +73,7 @@ def test_importing_a_stage_touches_nothing(tmp_path):
     code = ("import socket;"
             " socket.socket.connect = lambda *a: (_ for _ in ()).throw(RuntimeError('network'));"
             f"import sys; sys.path.insert(0, {str(ROOT)!r});"
-            " import sft, train_gvm, train_dvpo, evaluate, torch;"
+            " import sft, train_rm, train_gvm, train_dvpo, train_ppo, evaluate, torch;"
             "assert not torch.distributed.is_initialized()")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
     assert list(tmp_path.iterdir()) == []

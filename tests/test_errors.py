@@ -9,6 +9,8 @@ import pytest
 import sft
 import train_dvpo
 import train_gvm
+import train_ppo
+import train_rm
 from common import parse_args
 from conftest import ROOT, WORDS, clean_env, feedback_rows, run_stage, tiny_llama, word_tokenizer, write_jsonl
 from data import split_of
@@ -39,6 +41,16 @@ def dvpo(flags, chain, tmp_path):
     return {**flags.dvpo, "sft_model": chain.sft, "value_model": chain.gvm, "output_dir": tmp_path / "out"}
 
 
+@pytest.fixture
+def rm(flags, chain, tmp_path):
+    return {**flags.rm, "sft_model": chain.sft, "output_dir": tmp_path / "out"}
+
+
+@pytest.fixture
+def ppo(flags, chain, baseline, tmp_path):
+    return {**flags.ppo, "sft_model": chain.sft, "reward_model": baseline.rm, "output_dir": tmp_path / "out"}
+
+
 # ---- models and earlier stages ----
 
 def test_a_model_that_is_not_there(flags):
@@ -47,8 +59,9 @@ def test_a_model_that_is_not_there(flags):
     assert "--model nobody/nothing" in text and "no such folder" in text
 
 
-@pytest.mark.parametrize("stage, name, command", [(train_gvm, "gvm", "sft.py"),
-                                                  (train_dvpo, "dvpo", "sft.py")])
+@pytest.mark.parametrize("stage, name, command", [(train_gvm, "gvm", "sft.py"), (train_rm, "rm", "sft.py"),
+                                                  (train_dvpo, "dvpo", "sft.py"),
+                                                  (train_ppo, "ppo", "sft.py")])
 def test_an_earlier_stage_that_has_not_run(stage, name, command, flags):
     """The message is the command to run."""
     model = flags.sft["model"]
@@ -114,7 +127,8 @@ def test_data_without_policy_names_where_tau_needs_them(gvm, tmp_path):
 
 
 @pytest.mark.parametrize("stage, name, share", [(sft, "sft", "sft"), (train_gvm, "gvm", "value"),
-                                                (train_dvpo, "dvpo", "rl")])
+                                                (train_dvpo, "dvpo", "rl"), (train_rm, "rm", "value"),
+                                                (train_ppo, "ppo", "rl")])
 @pytest.mark.parametrize("held_out", [False, True])
 def test_too_few_prompts_for_a_stage(stage, name, share, held_out, request, flags, tmp_path):
     """No prompt falls into the stage's share of the split: the data is fine, there is too little of it."""
@@ -132,7 +146,7 @@ def test_rows_longer_than_the_limit(flags):
 
 # ---- flags ----
 
-@pytest.mark.parametrize("stage", [sft, train_gvm, train_dvpo])
+@pytest.mark.parametrize("stage", [sft, train_rm, train_gvm, train_dvpo, train_ppo])
 def test_an_unknown_flag_is_refused(stage, capsys):
     """A typo does not pass, nor does the beginning of a flag's name."""
     for flag in ("--learning_rate", "--micro"):

@@ -178,7 +178,7 @@ def test_a_gvm_without_its_head_is_refused(chain, tmp_path):
     weights = load_file(tmp_path / "adapter_model.safetensors")
     save_file({name: tensor for name, tensor in weights.items() if "score" not in name},
               tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BadInput, match="value head is missing"):
+    with pytest.raises(BadInput, match="the head is missing"):
         load_gvm(tmp_path, torch.float32)
 
 

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 import sft
 import train_dvpo
 import train_gvm
+import train_ppo
+import train_rm
 import worker_ranks
 from common import answer_ids, chat_ids, load_policy, load_tokenizer
 from conftest import ROOT, clean_env, feedback_rows, metrics, recorded, run_stage, write_jsonl
@@ -41,23 +43,23 @@ def deepspeed_ranks(*command):
 
 def weights_after_one_step(stage, flags, monkeypatch, **changes):
     """Run one optimizer step of a stage's own main, as plain SGD: the step is then the gradient itself.
-    Returns {parameter: (before, after)}."""
-    seen, start = [], {}
+    Returns {parameter: (before, after)}, of the policy and of PPO's critic."""
+    seen, updates, start = [], [], []
     recorded(monkeypatch, stage, "save_model", seen)
+    if stage is train_ppo:
+        recorded(monkeypatch, stage, "update", updates)
 
     def sgd(params, lr, weight_decay):
-        start["optimizer"] = torch.optim.SGD(params, lr=lr)
-        start["weights"] = [p.detach().clone() for group in start["optimizer"].param_groups
-                            for p in group["params"]]
-        start["params"] = [p for group in start["optimizer"].param_groups for p in group["params"]]
-        return start["optimizer"]
+        params = list(params)
+        start.extend((p, p.detach().clone()) for p in params)
+        return torch.optim.SGD(params, lr=lr)
     monkeypatch.setattr(torch.optim, "AdamW", sgd)
     run_stage(stage, **{**flags, "max_steps": 1, "max_grad_norm": 1e6, "lr": 0.1, **changes})
     monkeypatch.undo()
-    module = seen[0][0][0].module
-    names = {id(p): name for name, p in module.named_parameters()}
-    return {names[id(p)]: (before, p.detach().clone())
-            for p, before in zip(start["params"], start["weights"])}
+    names = {id(p): name for name, p in seen[0][0][0].module.named_parameters()}
+    for (_, critic, *_), _ in updates:
+        names.update({id(p): f"critic {name}" for name, p in critic.module.named_parameters()})
+    return {names[id(p)]: (before, p.detach().clone()) for p, before in start}
 
 
 def assert_same_step(one, other, tolerance=1e-5):
@@ -67,18 +69,22 @@ def assert_same_step(one, other, tolerance=1e-5):
         assert torch.allclose(after, other[name][1], atol=tolerance), name
 
 
-@pytest.mark.parametrize("stage, name", [(sft, "sft"), (train_gvm, "gvm"), (train_dvpo, "dvpo")])
-def test_the_gradient_does_not_depend_on_the_micro_batch(stage, name, flags, chain, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage, name", [(sft, "sft"), (train_gvm, "gvm"), (train_dvpo, "dvpo"),
+                                         (train_rm, "rm"), (train_ppo, "ppo")])
+def test_the_gradient_does_not_depend_on_the_micro_batch(stage, name, flags, chain, baseline, tmp_path,
+                                                         monkeypatch):
     """One optimizer batch of 4 rows as 1 x 4, 2 x 2 or 4 x 1: the same step, through the stage's own loop."""
     steps = []
     for micro in (1, 2, 4):
         changes = {"micro_batch": micro, "output_dir": tmp_path / str(micro)}
-        if stage is train_dvpo:
-            changes.update(sft_model=chain.sft, value_model=chain.gvm, accum_steps=4 // micro, ppo_epochs=1,
-                           rollout_batch=4, response_length=12)
+        if stage in (train_dvpo, train_ppo):
+            changes.update(sft_model=chain.sft, accum_steps=4 // micro, ppo_epochs=1, rollout_batch=4,
+                           response_length=12)
+            changes.update({"value_model": chain.gvm} if stage is train_dvpo else
+                           {"reward_model": baseline.rm, "critic_lr": 0.1})
         else:
             changes.update(batch_size=4)
-        if stage is train_gvm:
+        if stage in (train_gvm, train_rm):
             changes.update(sft_model=chain.sft, lora_dropout=0.0)
         steps.append(weights_after_one_step(stage, getattr(flags, name), monkeypatch, **changes))
     assert_same_step(steps[0], steps[1])

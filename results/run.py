@@ -1,0 +1,374 @@
+"""The runs behind the tables of the README and of results/README.md, on the toy world, one command each.
+
+    python results/run.py compare          DVPO and PPO, 5 seeds (what `make compare` does)
+    python results/run.py advantage        (a) --advantage x where the values come from
+    python results/run.py lam              (b) lambda of TD(lambda)
+    python results/run.py conditioning     (c) K, pairs of tau
+    python results/run.py normalization    (d) scope of Eq. 2, KL inside or outside of it
+    python results/run.py drift            (e) the frozen GVM's error on the policy as it moves
+    python results/run.py frontier         (f) true reward against KL
+    python results/run.py lr               the learning rates that `compare` uses were chosen by this
+
+Every run is a command line of the project's own scripts, printed before it starts; --jobs of them run at a
+time, each on one core. A finished run is kept (its folder has `done`), so that an interrupted grid continues. A
+table is written to results/<name>.json and printed. Variants that are not in the scripts are patches under
+results/ablations/, applied to a copy. Delete --out after a change of the code: only commands are compared.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+TAIL, KL_TAIL = 5, 20  # final reward: mean of the last 5 steps; KL and length: of the last 20
+
+
+# ---- running -----------------------------------------------------------------------------------------------
+
+@dataclass
+class Run:
+    folder: Path
+    command: list
+    needs: list = field(default_factory=list)
+    cwd: Path = ROOT
+
+    def done(self):
+        marker = self.folder / "done"
+        return marker.exists() and marker.read_text() == self.text()
+
+    def line(self):
+        return " ".join(map(str, self.command))
+
+    def text(self):
+        """What this run was made by, the runs it needs included: when one of them changes, so does this."""
+        return "\n".join([*(run.text() for run in self.needs), self.line()])
+
+
+class Grid:
+    """Collects runs, then executes them: `jobs` at a time, each after the runs it needs."""
+
+    def __init__(self, out, jobs):
+        self.out, self.jobs, self.runs = out.resolve(), jobs, []
+        toy = self.add(self.out / "toy", ["-m", "toy.make", "--out", self.out / "toy"])
+        self.data = ["--data", self.out / "toy/preferences.jsonl"], [toy]
+
+    def add(self, folder, command, needs=(), cwd=ROOT):
+        run = Run(folder, command, list(needs), cwd)
+        known = next((r for r in self.runs if r.folder == folder), None)
+        if known is None:
+            self.runs.append(run)
+        return known or run
+
+    def stage(self, name, script, flags, needs=(), cwd=ROOT):
+        data, made = self.data
+        return self.add(self.out / name, [f"{script}.py", "--output_dir", self.out / name, *data, *flags],
+                        [*made, *needs], cwd)
+
+    def sft(self, seed):
+        toy = self.data[1]
+        return self.add(self.out / f"sft_{seed}", [
+            "sft.py", "--output_dir", self.out / f"sft_{seed}", "--base_model", self.out / "toy/model",
+            "--data", self.out / "toy/sft.jsonl", "--seed", seed], toy)
+
+    def gvm(self, seed, *flags):
+        sft = self.sft(seed)
+        name = "_".join(["gvm", str(seed), *(str(f).strip("-") for f in flags)])
+        return self.stage(name, "train_gvm", ["--sft_model", sft.folder, "--seed", seed, *flags], [sft])
+
+    def rm(self, seed):
+        sft = self.sft(seed)
+        return self.stage(f"rm_{seed}", "train_rm", ["--sft_model", sft.folder, "--seed", seed], [sft])
+
+    def dvpo(self, name, seed, base, *flags, values=None, patch=None):
+        """values: the run of a GVM, or "exact"; base: seed of the SFT model; patch: file in ablations/."""
+        sft = self.sft(base)
+        plug = (["--value_fn", "toy.exact:values"] if values == "exact"
+                else ["--value_model", values.folder])
+        return self.stage(f"{name}/{seed}", "train_dvpo",
+                          ["--sft_model", sft.folder, *plug, "--seed", seed, "--eval_every", 0, *flags],
+                          [sft, *([] if values == "exact" else [values])],
+                          self.patched(patch) if patch else ROOT)
+
+    def ppo(self, name, seed, base, *flags):
+        sft, rm = self.sft(base), self.rm(base)
+        return self.stage(f"{name}/{seed}", "train_ppo",
+                          ["--sft_model", sft.folder, "--reward_model", rm.folder, "--seed", seed,
+                           "--eval_every", 0, *flags], [sft, rm])
+
+    def quality(self, gvm):
+        """evaluate.py gvm on it, as JSON."""
+        folder = gvm.folder.with_name(gvm.folder.name + "_quality")
+        return self.add(folder, ["evaluate.py", "gvm", "--value_model", gvm.folder, "--pairs", 100,
+                                 *self.data[0], "--unseen_data", self.out / "toy/unseen.jsonl",
+                                 "--json", folder / "gvm.json"], [gvm])
+
+    def patched(self, name):
+        """A copy of the scripts with results/ablations/<name>.patch applied."""
+        copy = self.out / "patched" / name
+        shutil.rmtree(copy, ignore_errors=True)
+        copy.mkdir(parents=True)
+        for path in ROOT.glob("*.py"):
+            shutil.copy(path, copy)
+        skip = shutil.ignore_patterns("build", "__pycache__")
+        for folder in ("toy", "ds_configs"):
+            shutil.copytree(ROOT / folder, copy / folder, ignore=skip)
+        patch = ROOT / "results/ablations" / f"{name}.patch"
+        subprocess.run(["git", "apply", str(patch)], cwd=copy, check=True,
+                       env={**os.environ, "GIT_CEILING_DIRECTORIES": str(copy.parent)})
+        return copy
+
+    def execute(self):
+        waiting, running = [run for run in self.runs if not run.done()], []
+        print(f"{len(self.runs)} runs, {len(waiting)} of them to do, {self.jobs} at a time", flush=True)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        while waiting or running:
+            for run in [r for r in waiting if all(n.done() for n in r.needs)][:self.jobs - len(running)]:
+                waiting.remove(run)
+                run.folder.mkdir(parents=True, exist_ok=True)
+                print(f"python {run.line()}", flush=True)
+                log = open(run.folder / "log.txt", "w")
+                running.append((run, subprocess.Popen([sys.executable, *map(str, run.command)], cwd=run.cwd,
+                                                      env=env, stdout=log, stderr=subprocess.STDOUT)))
+            time.sleep(0.2)
+            for run, process in [pair for pair in running if pair[1].poll() is not None]:
+                running.remove((run, process))
+                if process.returncode:
+                    for _, other in running:
+                        other.terminate()
+                    sys.exit(f"{run.folder / 'log.txt'}: failed:\n"
+                             + "\n".join((run.folder / "log.txt").read_text().splitlines()[-15:]))
+                (run.folder / "done").write_text(run.text())
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+def rows_of(run):
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(rows, name):
+    return np.array([row[name] for row in rows], dtype=float)
+
+
+def converged(reward):
+    """First step at which the mean of the last 5 true rewards has reached 95 % of the run's own gain."""
+    smooth = np.array([reward[max(0, i - TAIL + 1):i + 1].mean() for i in range(len(reward))])
+    return int(np.argmax(smooth >= reward[0] + 0.95 * (smooth[-1] - reward[0]))) + 1
+
+
+def of_one_run(run):
+    """The numbers of one policy-optimization run."""
+    rows = rows_of(run)
+    reward, timing = column(rows, "objective/true_reward"), {
+        name: float(np.median(column(rows, f"timing/{name}")[2:]))
+        for name in ("generation", "score", "train", "step_total")}
+    return {"start": reward[0], "reward": reward[-TAIL:].mean(), "gain": reward[-TAIL:].mean() - reward[0],
+            "highest": max(reward[max(0, i - TAIL + 1):i + 1].mean() for i in range(TAIL - 1, len(reward))),
+            "kl": column(rows, "objective/kl")[-KL_TAIL:].mean(),
+            "length": column(rows, "completions/mean_length")[-KL_TAIL:].mean(),
+            "length_start": rows[0]["completions/mean_length"], "converged": converged(reward),
+            "peak_gb": rows[-1]["memory/peak_gb"], **{f"s_{k}": v for k, v in timing.items()}}
+
+
+def over_seeds(runs):
+    """{number: {mean, std, each}} over the runs of one setting."""
+    each = [of_one_run(run) for run in runs]
+    return spread({name: [e[name] for e in each] for name in each[0]})
+
+
+def spread(numbers):
+    """{name: one number per seed} -> {name: {mean, std (n - 1), each}}."""
+    return {name: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)) if len(v) > 1 else None,
+                   "each": [round(float(x), 4) for x in v]} for name, v in numbers.items()}
+
+
+def save_table(name, settings, columns, decimals=3):
+    """settings: {label: over_seeds}. Prints a markdown table and writes results/<name>.json."""
+    text = lambda x: f"{x['mean']:.{decimals}f}" + ("" if x["std"] is None else f" ± {x['std']:.{decimals}f}")
+    print(f"\n| {name} | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    for label, numbers in settings.items():
+        print(f"| {label} | " + " | ".join(text(numbers[c]) for c in columns) + " |")
+    (ROOT / "results" / f"{name}.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+# ---- the comparison ----------------------------------------------------------------------------------------
+
+def compare(grid, seeds):
+    """DVPO and PPO from one SFT policy, with one GVM and one reward model; seeds of prompts and sampling."""
+    started, steps = time.time(), ["--max_steps", 100]
+    gvm, runs = grid.gvm(1), {"DVPO": [], "PPO": []}
+    for seed in seeds:  # the two of one seed run side by side, so that load falls on both alike
+        runs["DVPO"].append(grid.dvpo("compare/dvpo", seed, 1, *steps, values=gvm))
+        runs["PPO"].append(grid.ppo("compare/ppo", seed, 1, *steps))
+    grid.execute()
+    table = {name: over_seeds(found) for name, found in runs.items()}
+    save_table("compare", table, ["start", "reward", "gain", "kl", "length", "converged", "s_generation",
+                                  "s_score", "s_train", "s_step_total", "peak_gb"])
+    d, p = table["DVPO"], table["PPO"]
+    ratio = lambda a, b, name: a[name]["mean"] / b[name]["mean"]
+    print(f"\nsteps to 95 % of the own gain, DVPO / PPO: {ratio(d, p, 'converged'):.2f} (paper 0.65 to 0.75); "
+          f"seconds a step, PPO / DVPO: {ratio(p, d, 's_step_total'):.2f} (paper 1.46 to 1.77)\n"
+          f"{time.time() - started:.0f} s in all")
+    figure(runs, ROOT / "results/compare.png")
+    with open(ROOT / "results/compare.jsonl", "w") as f:
+        for name, found in runs.items():
+            for seed, run in zip(seeds, found):
+                for row in rows_of(run):
+                    kept = {k: row[k] for k in ("step", "objective/true_reward", "objective/kl",
+                                                "completions/mean_length", "timing/step_total")}
+                    f.write(json.dumps({"method": name, "seed": seed, **kept, "value": value(row)}) + "\n")
+
+
+def value(row):
+    return row.get("gvm/mean", row.get("critic/mean"))
+
+
+def figure(runs, path):
+    """Figure 3 of the paper: reward and value over steps, mean and one standard deviation over seeds."""
+    from matplotlib.figure import Figure
+    panels = {"true reward": lambda row: row["objective/true_reward"],
+              "mean token value (GVM, critic)": value,
+              "KL to the reference [nats]": lambda row: row["objective/kl"],
+              "answer length [tokens]": lambda row: row["completions/mean_length"]}
+    picture = Figure(figsize=(9, 6), layout="constrained")
+    for axis, (title, read) in zip(picture.subplots(2, 2).flat, panels.items()):
+        for name, found in runs.items():
+            curves = np.array([[read(row) for row in rows_of(run)] for run in found])
+            mean, std = curves.mean(0), curves.std(0)
+            line, = axis.plot(mean, label=name)
+            axis.fill_between(range(len(mean)), mean - std, mean + std, color=line.get_color(), alpha=0.2,
+                              linewidth=0)
+        axis.set(title=title, xlabel="step")
+        axis.legend()
+    picture.savefig(path, dpi=100)
+
+
+def lr(grid, seeds):
+    """The same budget for both methods: four learning rates of the policy, one seed that is not used again."""
+    gvm, runs = grid.gvm(1), {}
+    for rate in (5e-5, 1e-4, 2e-4, 4e-4):
+        runs[f"DVPO {rate:g}"] = [grid.dvpo(f"lr/dvpo_{rate:g}", 11, 1, "--lr", rate, values=gvm)]
+        runs[f"PPO {rate:g}"] = [grid.ppo(f"lr/ppo_{rate:g}", 11, 1, "--lr", rate)]
+    grid.execute()
+    save_table("lr", {name: over_seeds(found) for name, found in runs.items()},
+               ["reward", "highest", "kl", "length"])
+
+
+# ---- the open questions ------------------------------------------------------------------------------------
+
+def base(seed):
+    """SFT models and GVMs come in three seeds; a fourth and fifth seed of RL reuse the first and second."""
+    return (seed - 1) % 3 + 1
+
+
+def advantage(grid, seeds):
+    runs = {}
+    for seed in seeds:
+        for source in ("exact", "GVM"):
+            for kind in ("q", "gae", "released"):
+                values = "exact" if source == "exact" else grid.gvm(base(seed))
+                runs.setdefault(f"{source} {kind}", []).append(grid.dvpo(
+                    f"advantage/{source}_{kind}", seed, base(seed), "--advantage", kind, values=values))
+    grid.execute()
+    save_table("advantage", {name: over_seeds(found) for name, found in runs.items()},
+               ["start", "reward", "kl", "length_start", "length"])
+
+
+def quality_table(grid, name, settings):
+    """settings: {label: GVM runs}; RMSE to exact and Bayes, before and from the deciding token."""
+    quality = {label: [grid.quality(gvm) for gvm in gvms] for label, gvms in settings.items()}
+    grid.execute()
+    table, columns = {}, []
+    for label, runs in quality.items():
+        each = [json.loads((run.folder / "gvm.json").read_text()) for run in runs]
+        numbers = {"shared tau accuracy": [e["ranking"]["shared_tau"]["mean"]["accuracy"] for e in each]}
+        for who in ("seen", "unseen"):
+            for when, against in (("before", "gvm_bayes"), ("before", "gvm_exact"), ("before", "bayes_exact"),
+                                  ("decided", "gvm_exact")):
+                numbers[f"{who}, {when}, {against}"] = [e["reference"][who][when][against] for e in each]
+        table[label] = spread(numbers)
+        columns = list(numbers)
+    save_table(name, table, columns)
+
+
+def lam(grid, seeds):
+    """K = 0: what lambda does has nothing to do with tau, and it is five times as fast."""
+    quality_table(grid, "lam", {f"lambda {x}": [grid.gvm(s, "--k", 0, *(["--lam", x] if x != 0.95 else []))
+                                                for s in seeds[:3]] for x in (0, 0.5, 0.8, 0.95, 1)})
+
+
+def conditioning(grid, seeds):
+    quality_table(grid, "conditioning", {f"K = {k}": [grid.gvm(s, "--k", k) if k != 4 else grid.gvm(s)
+                                                      for s in seeds[:3]] for k in (0, 1, 2, 4, 6)})
+
+
+def normalization(grid, seeds):
+    settings = {"batch, KL inside (default)": ([], None), "per sequence, KL inside": ([], "norm_sequence"),
+                "batch and prompt, KL inside": ([], "norm_prompt"),
+                "batch, KL outside, beta 0.2": ([], "kl_outside"),
+                "batch, KL outside, beta 1": (["--kl_coef", 1.0], "kl_outside")}
+    runs = {}
+    for seed in seeds[:3]:
+        for label, (flags, patch) in settings.items():
+            folder = f"normalization/{patch}{''.join(map(str, flags))}" if patch else "advantage/GVM_q"
+            kind = flags if patch else ["--advantage", "q"]
+            runs.setdefault(label, []).append(grid.dvpo(folder, seed, base(seed), *kind,
+                                                        values=grid.gvm(base(seed)), patch=patch))
+    grid.execute()
+    save_table("normalization", {name: over_seeds(found) for name, found in runs.items()},
+               ["start", "reward", "highest", "kl", "length"])
+
+
+def drift(grid, seeds):
+    """Error of the frozen GVM on the current policy's answers: first 5 and last 5 steps, and gvm/drift."""
+    runs = {}
+    for seed in seeds[:3]:
+        for label, patch in (("tau follows the policy", "drift"), ("tau stays at step 0", "drift_tau_fixed")):
+            runs.setdefault(label, []).append(grid.dvpo(patch, seed, base(seed), values=grid.gvm(base(seed)),
+                                                        patch=patch))
+    grid.execute()
+    table, columns = {}, []
+    for label, found in runs.items():
+        numbers = {"reward": [of_one_run(run)["reward"] for run in found]}
+        for name in ("drift/rmse_before", "drift/bias_before", "drift/rmse_after", "drift/bias_after",
+                     "gvm/drift"):
+            for part, steps in (("first", slice(0, TAIL)), ("last", slice(-TAIL, None))):
+                numbers[f"{name}, {part} 5"] = [column(rows_of(run), name)[steps].mean() for run in found]
+        table[label] = spread(numbers)
+        columns = list(numbers)
+    save_table("drift", table, columns)
+
+
+def frontier(grid, seeds):
+    """A fixed beta per run (--kl_target 0), from strict to none at all."""
+    runs = {}
+    for seed in seeds[:3]:
+        for beta in (0.5, 0.2, 0.1, 0.0):
+            flags = ["--kl_coef", beta, "--kl_target", 0]
+            runs.setdefault(f"DVPO beta {beta}", []).append(
+                grid.dvpo(f"frontier/dvpo_{beta}", seed, base(seed), *flags, values=grid.gvm(base(seed))))
+            runs.setdefault(f"PPO beta {beta}", []).append(
+                grid.ppo(f"frontier/ppo_{beta}", seed, base(seed), *flags))
+    grid.execute()
+    table = dict(sorted((name, over_seeds(found)) for name, found in runs.items()))
+    save_table("frontier", table, ["reward", "highest", "kl", "length"])
+
+
+if __name__ == "__main__":
+    experiments = {f.__name__: f for f in (compare, lr, advantage, lam, conditioning, normalization, drift,
+                                           frontier)}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("experiment", choices=experiments)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, each on one core")
+    parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the runs")
+    args = parser.parse_args()
+    experiments[args.experiment](Grid(args.out, args.jobs), args.seeds)

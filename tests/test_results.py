@@ -1,0 +1,109 @@
+"""The results can be made again: every ablation patch applies to the script as it is and does what its name
+says, and the numbers of a table are what their docstrings promise."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from common import batch_normalize
+from conftest import ROOT, run_stage
+
+sys.path.insert(0, str(ROOT / "results"))
+import run
+
+PATCHES = sorted((ROOT / "results/ablations").glob("*.patch"))
+
+
+def patched(name, tmp_path):
+    """train_dvpo with a patch applied, as a module of its own."""
+    path = tmp_path / "train_dvpo.py"
+    path.write_text((ROOT / "train_dvpo.py").read_text())
+    subprocess.run(["git", "apply", str(ROOT / "results/ablations" / f"{name}.patch")], cwd=tmp_path,
+                   check=True)
+    spec = importlib.util.spec_from_file_location(f"train_dvpo_{name}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def ragged():
+    torch.manual_seed(0)
+    mask = torch.arange(6) < torch.tensor([5, 2, 3, 6])[:, None]
+    return torch.randn(4, 7), torch.randn(4, 6), mask
+
+
+def test_there_are_patches():
+    assert len(PATCHES) >= 5
+
+
+@pytest.mark.parametrize("path", PATCHES, ids=lambda path: path.stem)
+def test_a_patch_applies_and_the_script_still_trains(path, tmp_path, chain, flags, monkeypatch):
+    """One step on the test models; the drift patches ask the toy for exact values, which are stubbed here."""
+    import toy.exact
+    monkeypatch.setattr(toy.exact, "values", lambda rows, policy, tokenizer:
+                        [[0.0] * (1 + len(row["response_ids"])) for row in rows])
+    module = patched(path.stem, tmp_path)
+    run_stage(module, **{**flags.dvpo, "max_steps": 2}, sft_model=chain.sft, value_model=chain.gvm,
+              truth_fn="toy_truth:constant" if "drift" in path.stem else "", output_dir=tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and rows[-1]["objective/kl"] != 0
+    if "drift" in path.stem:  # against zeros the error is the value itself
+        assert rows[0]["drift/rmse_before"] > 0 and rows[0]["drift/rmse_after"] >= 0
+
+
+def test_per_sequence_normalization_makes_every_row_zero_mean_and_unit_variance(tmp_path):
+    values, penalty, mask = ragged()
+    advantage, _, _ = patched("norm_sequence", tmp_path).advantages("q", values, penalty, mask, 0.95)
+    for row, m in zip(advantage, mask):
+        assert row[m].mean().item() == pytest.approx(0, abs=1e-5)
+        assert row[m].std(unbiased=False).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_kl_outside_leaves_the_normalization_to_the_values(tmp_path):
+    values, penalty, mask = ragged()
+    advantage, _, _ = patched("kl_outside", tmp_path).advantages("q", values, penalty, mask, 0.95)
+    assert torch.allclose(advantage, batch_normalize(values[:, 1:], mask)[0] - penalty * mask, atol=1e-6)
+
+
+def test_the_step_of_convergence_by_hand():
+    """Start 0, the last 5 steps 1: the mean of 5 steps reaches 0.95 once all of the 5 are 1."""
+    reward = np.array([0.0] * 10 + [1.0] * 20)
+    assert run.converged(reward) == 15
+    assert run.converged(np.array([0.0, 1.0, 1.0, 1.0, 1.0, 1.0])) == 6
+    assert run.converged(np.linspace(0, 1, 101)) > 90
+
+
+def test_spread_is_mean_and_sample_deviation():
+    assert run.spread({"x": [1.0, 2.0, 3.0]})["x"] == {"mean": 2.0, "std": 1.0, "each": [1.0, 2.0, 3.0]}
+    assert run.spread({"x": [1.0]})["x"]["std"] is None
+
+
+def test_a_grid_runs_what_is_needed_first_and_keeps_what_is_done(tmp_path):
+    """Two runs, one needing the other; a second execution does nothing, a changed command runs again."""
+    def grid(text):
+        g = run.Grid(tmp_path, 2)
+        g.runs = []  # without the toy world
+        first = g.add(tmp_path / "one", ["-c", f"open({str(tmp_path / 'one/x')!r}, 'w').write('{text}')"])
+        g.add(tmp_path / "two", ["-c", f"t = open({str(tmp_path / 'one/x')!r}).read();"
+                                       f"open({str(tmp_path / 'log')!r}, 'a').write(t)"], [first])
+        return g
+    grid("a").execute()
+    assert (tmp_path / "log").read_text() == "a"
+    grid("a").execute()
+    assert (tmp_path / "log").read_text() == "a"
+    grid("b").execute()
+    assert (tmp_path / "log").read_text() == "ab"  # what needs it runs again, too
+
+
+def test_a_failed_run_ends_the_grid_with_its_log(tmp_path):
+    g = run.Grid(tmp_path, 1)
+    g.runs = []
+    g.add(tmp_path / "bad", ["-c", "raise SystemExit('no such thing')"])
+    with pytest.raises(SystemExit, match="no such thing"):
+        g.execute()
+    assert not (tmp_path / "bad/done").exists()

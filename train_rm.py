@@ -1,0 +1,204 @@
+"""The reward model (RM): one score for a whole answer, trained on preference pairs; what PPO asks and DVPO
+does without.
+
+Pair-wise (Bradley-Terry) loss:   -log sigmoid( r(x, y_chosen) - r(x, y_rejected) )
+The score is read at the answer's last token (EOS). It sees the same share of the prompts, and of several
+scored answers the same pair, as `train_gvm.py --reward preference`.
+
+Departures:
+D1  The paper's batch of 4 pairs cannot be dealt to 8 ranks; the default is 8 pairs.
+D2  Beside the model the folder records the mean and the spread of its scores on held-out answers. PPO
+    rewards with (score - center) / scale, about [-1, 1], so that beta means in PPO what it means in DVPO.
+
+    python train_rm.py                                               the toy, on one CPU rank
+    deepspeed train_rm.py --model meta-llama/Meta-Llama-3-8B         openbmb/UltraFeedback, ZeRO-3, bf16
+
+reads   the value share (50 % of the prompts) of scored responses or pairs, and the SFT model
+writes  runs/<model name>/rm: LoRA adapter + head, tokenizer, rm.json (base model, center, scale), args.json,
+        metrics.jsonl
+
+Legend: B pairs, T tokens of prompt and answer (left padded).
+"""
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from common import (MetricLog, all_sum, answer_ids, chat_ids, disable_dropout, ds_config, dtype_of,
+                    epoch_rows, gather_rows, init_distributed, last_token_scores, load_tokenizer,
+                    lora_targets, output_folder, parse_args, peak_memory_gb, pretrained, print0, save_model,
+                    seed_everything, set_lr, split_batch, stage_folder, tokenizer_fingerprint)
+from data import BadInput, preference_pair, prompt_text, read_data, report_drops, split_of
+
+
+@dataclass
+class Args:
+    # model
+    model: str = "toy"  # Hugging Face id or folder; names the run folder
+    sft_model: str = ""  # what the reward model grows from, default runs/<model name>/sft
+    lora_r: int = 8  # LoRA rank
+    lora_alpha: int = 32  # LoRA scale is alpha / r
+    lora_dropout: float = 0.1  # dropout on the LoRA input while training
+    # data
+    data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file
+    split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
+    allow_dropped: bool = False  # go on when more than 10 % of the pairs had to be dropped
+    max_length: int = 1024  # prompt + response; pairs with a longer one are dropped and counted [tokens]
+    # optimisation
+    lr: float = 2e-5  # peak learning rate, linear decay to 0
+    epochs: int = 2  # passes over the pairs
+    max_steps: int = -1  # stop after this many, whatever epochs says; -1: no limit [optimizer steps]
+    batch_size: int = 8  # pairs of one optimizer step, over all ranks
+    micro_batch: int = 1  # pairs of one forward pass on one rank
+    max_grad_norm: float = 1.0  # gradient clipping
+    # run
+    ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
+    output_dir: str = ""  # default runs/<model name>/rm
+    eval_every: int = 200  # accuracy on held-out pairs [optimizer steps]
+    eval_pairs: int = 200  # held-out pairs it is measured on
+    seed: int = 1  # initial weights, dropout and data order
+    local_rank: int = -1  # set by the deepspeed launcher
+
+
+# ---- the algorithm -----------------------------------------------------------------------------------------
+
+def pair_loss(chosen, rejected):
+    """-log sigmoid(r_chosen - r_rejected), summed over pairs.  chosen, rejected: [B] float32"""
+    return -torch.nn.functional.logsigmoid(chosen - rejected).sum()
+
+
+def learning_rate(step, steps, args):
+    """Linear decay from --lr to 0 after the last of `steps` optimizer steps."""
+    return args.lr * (1 - step / steps)
+
+
+# ---- data --------------------------------------------------------------------------------------------------
+
+def preference_rows(records, tokenizer, args):
+    """(train, held-out) lists of pairs: (prompt ids, chosen ids, rejected ids)."""
+    train, test, dropped = [], [], Counter()
+    for record in records:
+        share = split_of(prompt_text(record["prompt"]), args.split_seed)
+        if share not in ("value", "test"):
+            continue
+        pair = preference_pair(record, args.split_seed)
+        if pair is None:
+            dropped["equal scores in a pair"] += 1
+            continue
+        row = (chat_ids(tokenizer, record["prompt"]), *(answer_ids(tokenizer, r["text"]) for r in pair))
+        if len(row[0]) + max(len(row[1]), len(row[2])) > args.max_length:
+            dropped[f"prompt + response over --max_length {args.max_length}"] += 1
+        else:
+            (train if share == "value" else test).append(row)
+    if train or test or dropped:
+        report_drops(dropped, len(train) + len(test) + sum(dropped.values()), args.data, args.allow_dropped,
+                     log=print0)
+    if not train:
+        raise BadInput(f"--data {args.data}: no pair is left to train on; its prompts are too few for the "
+                       f"value share.")
+    return train, test
+
+
+def pair_scores(model, rows, tokenizer, device):
+    """(scores of the chosen, scores of the rejected answers), [B] each, in one forward pass of 2 B rows."""
+    prompts, chosen, rejected = zip(*rows)
+    return last_token_scores(model, prompts + prompts, chosen + rejected, tokenizer.pad_token_id,
+                             device).chunk(2)
+
+
+@torch.no_grad()
+def held_out(engine, rows, tokenizer, args, rank, world, device):
+    """Accuracy and margin on held-out pairs, and all their scores. Every rank runs the same number of
+    batches: ZeRO-3 would hang otherwise."""
+    engine.eval()
+    scores = []
+    for i in range(0, len(rows) // world * world, args.micro_batch * world):
+        share = rows[i:i + args.micro_batch * world][rank::world]
+        if share:
+            scores += zip(*(side.tolist() for side in pair_scores(engine, share, tokenizer, device)))
+    engine.train()
+    scores = np.array(gather_rows(scores)).reshape(-1, 2)
+    if not len(scores):
+        return {}, scores
+    margin = scores[:, 0] - scores[:, 1]
+    return {"eval/accuracy": float(((margin > 0) + 0.5 * (margin == 0)).mean()),
+            "eval/margin": float(margin.mean())}, scores
+
+
+def main(args):
+    import deepspeed  # here, so that --help and a mistyped flag answer at once
+    from peft import LoraConfig, get_peft_model
+    rank, world, device = init_distributed()
+    accum = split_batch(args.batch_size, args.micro_batch, world)
+    seed_everything(args.seed)
+    sft = stage_folder(args.model, "sft", args.sft_model, "--sft_model", f"sft.py --model {args.model}")
+    out = output_folder(args, "rm")
+    config = ds_config(args.ds_config, args.micro_batch, args.max_grad_norm)
+    tokenizer = load_tokenizer(sft, "--sft_model")
+    train, test = preference_rows(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
+    test = test[:args.eval_pairs]
+
+    model = disable_dropout(pretrained(AutoModelForSequenceClassification, sft, "--sft_model", num_labels=1,
+                                       dtype=dtype_of(config)))
+    context = getattr(model.config, "max_position_embeddings", 10**9)
+    if args.max_length > context:
+        raise BadInput(f"--max_length {args.max_length} exceeds the model's context of {context} tokens.")
+    model.config.pad_token_id = -1  # the score is read at the last position, see last_token_scores
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=args.lora_r, lora_alpha=args.lora_alpha,
+                                             lora_dropout=args.lora_dropout,
+                                             target_modules=lora_targets(model), modules_to_save=["score"]),
+                           autocast_adapter_dtype=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
+                                  weight_decay=0.0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    steps = math.ceil(args.epochs * len(train) / args.batch_size)
+    steps = min(steps, args.max_steps) if args.max_steps > 0 else steps
+    print0(f"train_rm: {len(train)} pairs, {len(test)} held out; optimizer batch {args.batch_size} = {world} "
+           f"ranks x micro batch {args.micro_batch} x {accum} accumulation; {steps} steps")
+
+    log = MetricLog(out, show=["loss", "accuracy", "eval/accuracy", "lr", "timing/step_total"], steps=steps)
+    for step in range(steps):
+        started = time.time()
+        # 1. batch: pairs of this optimizer step, dealt to the ranks
+        rows = [train[i] for i in epoch_rows(len(train), step * args.batch_size, args.batch_size,
+                                             args.seed)][rank::world]
+
+        # 2. update: DeepSpeed averages gradients over ranks, so a mean over pairs is sum * ranks / pairs
+        engine.train()
+        total = right = margin = 0.0
+        for i in range(0, len(rows), args.micro_batch):
+            chosen, rejected = pair_scores(engine, rows[i:i + args.micro_batch], tokenizer, device)
+            loss = pair_loss(chosen, rejected)
+            engine.backward(loss * world / args.batch_size)
+            total, right = total + loss.item(), right + (chosen > rejected).sum().item()
+            margin += (chosen - rejected).sum().item()
+        set_lr(engine, learning_rate(step, steps, args))
+        engine.step()
+
+        # 3. log
+        total, right, margin = all_sum(total, right, margin, device=device)
+        row = {"loss": total / args.batch_size, "accuracy": right / args.batch_size,
+               "margin": margin / args.batch_size, "lr": learning_rate(step, steps, args),
+               "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+               "timing/step_total": time.time() - started, "memory/peak_gb": peak_memory_gb(device)}
+        if test and (step + 1 == steps or (step + 1) % args.eval_every == 0):
+            row.update(held_out(engine, test, tokenizer, args, rank, world, device)[0])
+        log.write(step, row)
+
+    _, scores = held_out(engine, test or train[:args.eval_pairs], tokenizer, args, rank, world, device)
+    center, scale = (float(scores.mean()), float(2 * scores.std() + 1e-8)) if len(scores) else (0.0, 1.0)
+    save_model(engine, tokenizer, out, extra={"rm.json": {
+        "base_model": str(Path(sft).resolve()) if Path(sft).exists() else sft, "center": center,
+        "scale": scale, "max_length": args.max_length, "chat_template": tokenizer.chat_template,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), "split_seed": args.split_seed}})
+    print0(f"train_rm: saved to {out}; scores: mean {center:.3f}, two standard deviations {scale:.3f}")
+
+
+if __name__ == "__main__":
+    main(parse_args(Args))
