@@ -120,7 +120,7 @@ def keyed_rng(*key):
 
 
 def split_batch(batch_size, micro_batch, world):
-    """Accumulation steps a, with batch_size = ranks x micro batch x a; BadInput where no whole number fits."""
+    """Accumulation steps a, with batch_size = ranks x micro batch x a; BadInput where no integer fits."""
     if min(batch_size, micro_batch) < 1 or batch_size % (micro_batch * world):
         raise BadInput(f"--batch_size {batch_size} must be a positive multiple of ranks x --micro_batch = "
                        f"{world} x {micro_batch}: change one of the two.")
@@ -329,24 +329,25 @@ def check_head(folder, flag):
                            f"again.")
 
 
-def load_gvm(folder, dtype):
+def load_gvm(folder, dtype, flag="--value_model"):
     """Global value model written by train_gvm.py: base + adapter + head, and the settings in its gvm.json."""
     from peft import PeftModel
     folder = Path(folder)
     try:
         settings = json.loads((folder / "gvm.json").read_text())
-        check_head(folder, "--value_model")
+        check_head(folder, flag)
     except (OSError, ValueError) as e:
-        raise BadInput(f"--value_model {folder}: not a folder that train_gvm.py wrote ({e}).") from None
-    base = load_value_base(settings["base_model"], dtype, flag=f"base model of --value_model {folder}:")
+        raise BadInput(f"{flag} {folder}: not a folder that train_gvm.py wrote ({e}).") from None
+    base = load_value_base(settings["base_model"], dtype, flag=f"base model of {flag} {folder}:")
     return disable_dropout(PeftModel.from_pretrained(base, folder)), settings
 
 
 def load_reward_model(folder, dtype, flag="--reward_model"):
-    """Any one-label sequence classifier (a folder, a peft adapter folder or a hub id) and its own tokenizer.
+    """Any one-label sequence classifier on a causal model (a folder, a peft adapter folder or a hub id).
 
-    Its scores are read by last_token_scores. A model without a trained head is refused: transformers would
-    put a random one on it.
+    returns (model, its own tokenizer, center, scale): reward = (score - center) / scale, as train_rm.py
+    recorded in rm.json; any other model keeps its own scale (0, 1). Scores are read by last_token_scores.
+    A model without a trained head is refused: transformers would put a random one on it.
     """
     tokenizer = load_tokenizer(folder, flag)
     if (Path(folder) / "adapter_config.json").exists():
@@ -361,7 +362,14 @@ def load_reward_model(folder, dtype, flag="--reward_model"):
                            f"one with train_rm.py or name another.")
     # No id equals -1, so that transformers takes the last position for the last token (see last_token_scores)
     model.config.pad_token_id = -1
-    return disable_dropout(model).eval(), tokenizer
+    center, scale = 0.0, 1.0
+    if (Path(folder) / "rm.json").exists():
+        try:
+            settings = json.loads((Path(folder) / "rm.json").read_text())
+            center, scale = float(settings["center"]), float(settings["scale"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise BadInput(f"{flag} {folder}: its rm.json cannot be read ({e!r}); train it again.") from None
+    return disable_dropout(model).eval(), tokenizer, center, scale
 
 
 def last_token_scores(model, prompts, responses, pad_id, device):

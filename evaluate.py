@@ -252,7 +252,7 @@ def calibrate(gvm, rows, pairs, pool, args):
 
 
 def model_scores(reward_model, rows, args, device):
-    model, tokenizer = load_reward_model(reward_model, getattr(torch, args.dtype))
+    model, tokenizer, _, _ = load_reward_model(reward_model, getattr(torch, args.dtype))
     chats = [(row["prompt"], row["response"]) for row in rows]
     return reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch)
 

@@ -29,6 +29,7 @@ import json
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -402,8 +403,8 @@ def check_batches(args, world):
             or args.rollout_batch % size):
         raise BadInput(f"--rollout_batch {args.rollout_batch} must be a positive multiple of --micro_batch x "
                        f"--accum_steps = {args.micro_batch} x {args.accum_steps}: change one of the three.")
-    print0(f"train_dvpo: rollouts/step {args.rollout_batch * world} = {world} ranks x rollout batch "
-           f"{args.rollout_batch}; optimizer batch {size * world} = {world} ranks x micro batch "
+    print0(f"{Path(__file__).stem}: rollouts/step {args.rollout_batch * world} = {world} ranks x rollout "
+           f"batch {args.rollout_batch}; optimizer batch {size * world} = {world} ranks x micro batch "
            f"{args.micro_batch} x {args.accum_steps} accumulation; updates/step "
            f"{args.ppo_epochs * args.rollout_batch // size} = {args.ppo_epochs} PPO epochs x "
            f"{args.rollout_batch // size}")
@@ -515,7 +516,7 @@ def main(args):
             show_samples(rows, values, tokenizer, step, out)
         previous = gather_rows([{key: row[key] for key in ("prompt", "group", "response")} for row in rows])
     save_model(engine, tokenizer, out, base=sft if args.lora_r else None)
-    print0(f"train_dvpo: saved to {out}")
+    print0(f"{Path(__file__).stem}: saved to {out}")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def model_rewards(train, args, dtype, device):
     """Fill in rewards from a reward model: (score - mean) / (2 standard deviations), about [-1, 1].
     Returns the map."""
     chats = [(row["prompt"], row["text"]) for row in train]
-    model, tokenizer = load_reward_model(args.reward_model, dtype)
+    model, tokenizer, _, _ = load_reward_model(args.reward_model, dtype)
     scores = np.array(reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch))
     center, scale = float(scores.mean()), float(2 * scores.std() + 1e-8)
     for row, score in zip(train, scores):

@@ -4,18 +4,19 @@ against.
 `diff train_ppo.py train_dvpo.py` is the paper: DVPO drops the reward model, the critic and its training, and
 reads the value of a token from one frozen model.
     r_t = -beta KL_t, plus the reward model's score at the last token
-    A_t = sum_l lambda^l delta_(t+l),   delta_t = r_t + V(s_(t+1)) - V(s_t),   normalized over the batch
-    Eq. 3   L = -mean min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)
+    A_t = sum_l lambda^l delta_(t+l),   delta_t = r_t + V(s_(t+1)) - V(s_t)
+    Eq. 3   L = -mean min(rho_t N(A_t), clip(rho_t, 1 - eps, 1 + eps) N(A_t)),   N: normalized over the batch
             rho_t = pi(a_t | s_t) / pi_old(a_t | s_t)
-    L_V = mean 1/2 max( (V - G_t)^2, (V_old + clip(V - V_old, -eps_V, eps_V) - G_t)^2 ),   G_t = A_t + V(s_t)
+    L_V = mean 1/2 max( (V - G_t)^2, (clip(V, V_old - eps_V, V_old + eps_V) - G_t)^2 ),   G_t = A_t + V(s_t)
 Four models: policy and critic are trained, reference and reward model are not.
 
 Departures:
-D1  The reward model's score is put on the scale of train_gvm's rewards, about [-1, 1] (rm.json), so that beta
-    means the same in both scripts. A model without rm.json keeps its own scale.
+D1  The reward model's score is standardized to about [-1, 1] (rm.json), near the scale of train_gvm's
+    rewards, so that one beta suits both scripts; what makes runs comparable is a common KL target. A model
+    without rm.json keeps its own scale.
 D2  The critic starts from the reward model, as in InstructGPT (--critic_model names another start), and
     --critic_warmup gives it rollout batches of its own before the policy moves.
-D3  The paper's "target KL 0.1" is read as the early stop on KL(old, new) per token; the controller has its
+D4  The paper's "target KL 0.1" is read as the early stop on KL(old, new) per token; the controller has its
     own target.
 
     python train_ppo.py                                               the toy, on one CPU rank
@@ -51,8 +52,8 @@ class Args:
     # model
     model: str = "toy"  # Hugging Face id or folder; names the run folder
     sft_model: str = ""  # policy and reference, default runs/<model name>/sft
-    reward_model: str = ""  # any one-label sequence classifier, default runs/<model name>/rm
-    critic_model: str = ""  # where the critic starts: a reward model (default: the same), GVM or SFT folder
+    reward_model: str = ""  # any causal one-label sequence classifier, default runs/<model name>/rm
+    critic_model: str = ""  # where the critic starts: a reward model (default: that one), GVM or SFT folder
     truth_fn: str = ""  # module:function giving a true reward that is logged and used by nothing
     lora_r: int = 0  # LoRA rank of policy and critic, merged at the end; 0 trains every weight
     lora_alpha: int = 32  # LoRA scale is alpha / r
@@ -229,49 +230,44 @@ def score(policy, reference, critic, reward, rows, tokenizer, args, device):
     return batch, torch.cat(old), torch.cat(ref), torch.cat(values), scores, torch.cat(entropy)
 
 
-def rewards(model, rm_tokenizer, scale, rows, tokenizer, args, device):
-    """(score - center) / scale of each row's answer, a list of floats.
+def model_scores(reward_model, rows, tokenizer, args, device):
+    """Standardized score of each row's answer, (score - center) / scale, a list of floats.
 
-    A reward model with the policy's vocabulary reads the sampled ids. Another one reads the text in its own
-    tokens, with an EOS where the answer ended.
+    reward_model: what load_reward_model returns. One with the policy's vocabulary and EOS reads the sampled
+    ids. Another one reads the text in its own tokens, with an EOS where the answer ended.
     """
-    if tokenizer_fingerprint(rm_tokenizer) == tokenizer_fingerprint(tokenizer):
+    model, rm_tokenizer, center, scale = reward_model
+    if (tokenizer_fingerprint(rm_tokenizer) == tokenizer_fingerprint(tokenizer)
+            and rm_tokenizer.eos_token_id == tokenizer.eos_token_id):
         answers = [row["response_ids"] for row in rows]
     else:
         answers = [rm_tokenizer(row["response"], add_special_tokens=False).input_ids
                    + [rm_tokenizer.eos_token_id] * (not row["truncated"]) for row in rows]
     scores = reward_scores(model, rm_tokenizer, [(row["prompt"], ids) for row, ids in zip(rows, answers)],
                            device, args.micro_batch)
-    return [(x - scale["center"]) / scale["scale"] for x in scores]
-
-
-def reward_scale(folder):
-    """What train_rm.py recorded of its model's scores; any other model keeps its own scale."""
-    try:
-        return json.loads((Path(folder) / "rm.json").read_text())
-    except OSError:
-        return {"center": 0.0, "scale": 1.0}
+    return [(x - center) / scale for x in scores]
 
 
 def load_critic(folder, tokenizer, dtype):
     """V(s) on every token, from a reward model, a GVM or an SFT model (which gets a new head); adapters are
-    merged, the head of a reward model is put on the scale of the rewards."""
+    merged, the head of a reward model is put on the scale of the standardized scores."""
     if tokenizer_fingerprint(load_tokenizer(folder, "--critic_model")) != tokenizer_fingerprint(tokenizer):
         raise BadInput(f"--critic_model {folder}: another vocabulary than the policy's; name a model of the "
                        f"policy's family, for example the SFT model.")
     if (Path(folder) / "gvm.json").exists():
-        return load_gvm(folder, dtype)[0].merge_and_unload()
+        return load_gvm(folder, dtype, "--critic_model")[0].merge_and_unload().requires_grad_(True)
     if (not (Path(folder) / "adapter_config.json").exists() and "SequenceClassification" not in
             str(pretrained(AutoConfig, folder, "--critic_model").architectures)):
         return load_value_base(folder, dtype, "--critic_model")
-    model, _ = load_reward_model(folder, dtype, "--critic_model")
+    model, _, center, scale = load_reward_model(folder, dtype, "--critic_model")
     model = model.merge_and_unload() if hasattr(model, "peft_config") else model
+    model.config.pad_token_id = None  # not the -1: an embedding's padding row would never be trained
     critic = disable_dropout(AutoModelForTokenClassification.from_config(model.config, dtype=dtype))
     critic.base_model.load_state_dict(model.base_model.state_dict())
-    scale, head = reward_scale(folder), value_head(critic)
+    head = value_head(critic)
     with torch.no_grad():  # V = (score - center) / scale
-        head.weight.copy_(value_head(model).weight / scale["scale"])
-        head.bias.fill_(-scale["center"] / scale["scale"])
+        head.weight.copy_(value_head(model).weight / scale)
+        head.bias.fill_(-center / scale)
     return critic
 
 
@@ -283,7 +279,8 @@ def update(engine, critic, batch, old_logp, advantage, old_values, returns, step
              largest |ratio - 1| of the very first micro batch)
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    totals, tokens, updates, grad_norm, first_ratio, stopped = torch.zeros(7), 0, 0, 0.0, None, False
+    totals, tokens, updates, first_ratio, stopped = torch.zeros(7), 0, 0, None, False
+    warming, grad_norm, critic_grad_norm = step < args.critic_warmup, 0.0, 0.0
     engine.train()
     critic.train()
     for epoch in range(args.ppo_epochs):
@@ -293,10 +290,11 @@ def update(engine, critic, batch, old_logp, advantage, old_values, returns, step
             sums = torch.zeros(7)
             for micro in np.split(rows, args.accum_steps):
                 part = Batch(*(x[micro] for x in batch[:4]), P=batch.P)
-                logp, _ = response_logprobs(engine, part, args.temperature)
+                with torch.set_grad_enabled(not warming):  # during the warm-up only the critic learns
+                    logp, _ = response_logprobs(engine, part, args.temperature)
                 loss, stats = policy_loss(logp, old_logp[micro], advantage[micro], part.mask, args.cliprange)
                 # DeepSpeed averages gradients over ranks: a token mean is sum * ranks / tokens of all ranks
-                if step >= args.critic_warmup:  # before, only the critic learns
+                if not warming:
                     engine.backward(loss * world / n)
                 v_loss, v_clipped = value_loss(response_values(critic, part), old_values[micro],
                                                returns[micro], part.mask, args.cliprange_value)
@@ -304,14 +302,15 @@ def update(engine, critic, batch, old_logp, advantage, old_values, returns, step
                 sums += torch.cat([stats, torch.stack([loss, v_loss, v_clipped]).detach()]).cpu()
                 if first_ratio is None:
                     first_ratio = ((logp.detach() - old_logp[micro]) * part.mask).expm1().abs().max().item()
-            if step >= args.critic_warmup:
+            if not warming:
                 set_lr(engine, args.lr)
                 engine.step()
+                grad_norm += float(engine.get_global_grad_norm() or 0.0)
             set_lr(critic, args.critic_lr)
             critic.step()
+            critic_grad_norm += float(critic.get_global_grad_norm() or 0.0)
             sums = torch.tensor(all_sum(*sums.tolist(), device=device))
             totals, tokens, updates = totals + sums, tokens + n, updates + 1
-            grad_norm += float(engine.get_global_grad_norm() or 0.0)
             # The statistic is the same number on all ranks, so all of them leave
             # together and none is waited for
             stopped = 0 < args.early_stop_kl < sums[0] / n
@@ -322,8 +321,9 @@ def update(engine, critic, batch, old_logp, advantage, old_values, returns, step
     kl, clipped, ratio, ratio_square, loss, v_loss, v_clipped = (totals / tokens).tolist()
     return {"policy/approxkl_avg": kl, "policy/clipfrac_avg": clipped, "val/ratio": ratio,
             "val/ratio_var": ratio_square - ratio ** 2, "loss/policy_avg": loss, "loss/value_avg": v_loss,
-            "val/clipfrac_avg": v_clipped, "policy/updates": updates,
-            "policy/early_stopped": float(stopped), "grad_norm": grad_norm / updates}, first_ratio
+            "val/clipfrac_avg": v_clipped, "policy/updates": 0 if warming else updates,
+            "policy/early_stopped": float(stopped), "grad_norm": grad_norm / updates,
+            "critic/grad_norm": critic_grad_norm / updates}, first_ratio
 
 
 # ---- reporting ---------------------------------------------------------------------------------------------
@@ -439,8 +439,8 @@ def check_batches(args, world):
             or args.rollout_batch % size):
         raise BadInput(f"--rollout_batch {args.rollout_batch} must be a positive multiple of --micro_batch x "
                        f"--accum_steps = {args.micro_batch} x {args.accum_steps}: change one of the three.")
-    print0(f"train_ppo: rollouts/step {args.rollout_batch * world} = {world} ranks x rollout batch "
-           f"{args.rollout_batch}; optimizer batch {size * world} = {world} ranks x micro batch "
+    print0(f"{Path(__file__).stem}: rollouts/step {args.rollout_batch * world} = {world} ranks x rollout "
+           f"batch {args.rollout_batch}; optimizer batch {size * world} = {world} ranks x micro batch "
            f"{args.micro_batch} x {args.accum_steps} accumulation; updates/step "
            f"{args.ppo_epochs * args.rollout_batch // size} = {args.ppo_epochs} PPO epochs x "
            f"{args.rollout_batch // size}")
@@ -457,10 +457,15 @@ def main(args):
     tokenizer = load_tokenizer(sft, "--sft_model")
     folder = stage_folder(args.model, "rm", args.reward_model, "--reward_model",
                           f"train_rm.py --model {args.model}")
-    reward_model, rm_tokenizer = load_reward_model(folder, dtype_of(config))
-    reward_model, scale = freeze(reward_model, config, device), reward_scale(folder)
-    reward = lambda rows: rewards(reward_model, rm_tokenizer, scale, rows, tokenizer, args, device)
+    reward_model, *of_its_own = load_reward_model(folder, dtype_of(config))
     critic = load_critic(args.critic_model or folder, tokenizer, dtype_of(config))
+    for flag, model in (("--reward_model", reward_model), ("--critic_model", critic)):
+        context = getattr(model.config, "max_position_embeddings", 10**9)
+        if args.max_prompt_length + args.response_length > context:
+            raise BadInput(f"{flag}: its context of {context} tokens is shorter than --max_prompt_length "
+                           f"{args.max_prompt_length} + --response_length {args.response_length}.")
+    reward_model = freeze(reward_model, config, device), *of_its_own
+    reward = lambda rows: model_scores(reward_model, rows, tokenizer, args, device)
     out = output_folder(args, "ppo")
     train, test = rl_prompts(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
 
@@ -533,7 +538,8 @@ def main(args):
             self_check(rows[0], batch, values, metrics["objective/kl"], first_ratio, tokenizer, args)
         timing = dict(zip(("timing/generation", "timing/score", "timing/advantages", "timing/train"),
                           (b - a for a, b in zip(clock, clock[1:]))))
-        metrics.update(update_stats, lr=args.lr, episode=(step + 1) * global_batch, **timing,
+        metrics.update(update_stats, lr=args.lr * (step >= args.critic_warmup),
+                       episode=(step + 1) * global_batch, **timing,
                        **{"timing/step_total": clock[-1] - clock[0],
                           "memory/peak_gb": peak_memory_gb(device)})
         metrics["eps"] = global_batch / metrics["timing/step_total"]
@@ -546,7 +552,7 @@ def main(args):
         if step % args.sample_every == 0 and rank == 0:
             show_samples(rows, values, scores, tokenizer, step, out)
     save_model(engine, tokenizer, out, base=sft if args.lora_r else None)
-    print0(f"train_ppo: saved to {out}")
+    print0(f"{Path(__file__).stem}: saved to {out}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ scored answers the same pair, as `train_gvm.py --reward preference`.
 
 Departures:
 D1  The paper's batch of 4 pairs cannot be dealt to 8 ranks; the default is 8 pairs.
-D2  Beside the model the folder records the mean and the spread of its scores on held-out answers. PPO
-    rewards with (score - center) / scale, about [-1, 1], so that beta means in PPO what it means in DVPO.
+D2  Beside the model the folder records center and scale, the mean and two standard deviations of its scores
+    on held-out answers. PPO rewards with (score - center) / scale, about [-1, 1].
 
     python train_rm.py                                               the toy, on one CPU rank
     deepspeed train_rm.py --model meta-llama/Meta-Llama-3-8B         openbmb/UltraFeedback, ZeRO-3, bf16
@@ -73,6 +73,11 @@ def pair_loss(chosen, rejected):
     return -torch.nn.functional.logsigmoid(chosen - rejected).sum()
 
 
+def wins(margins):
+    """Pairs ranked right, ties counted half. margins: scores of the chosen less those of the rejected."""
+    return float(sum((m > 0) + 0.5 * (m == 0) for m in margins))
+
+
 def learning_rate(step, steps, args):
     """Linear decay from --lr to 0 after the last of `steps` optimizer steps."""
     return args.lr * (1 - step / steps)
@@ -118,17 +123,16 @@ def held_out(engine, rows, tokenizer, args, rank, world, device):
     batches: ZeRO-3 would hang otherwise."""
     engine.eval()
     scores = []
-    for i in range(0, len(rows) // world * world, args.micro_batch * world):
+    rows = rows[:len(rows) // world * world]
+    for i in range(0, len(rows), args.micro_batch * world):
         share = rows[i:i + args.micro_batch * world][rank::world]
-        if share:
-            scores += zip(*(side.tolist() for side in pair_scores(engine, share, tokenizer, device)))
+        scores += zip(*(side.tolist() for side in pair_scores(engine, share, tokenizer, device)))
     engine.train()
     scores = np.array(gather_rows(scores)).reshape(-1, 2)
     if not len(scores):
         return {}, scores
-    margin = scores[:, 0] - scores[:, 1]
-    return {"eval/accuracy": float(((margin > 0) + 0.5 * (margin == 0)).mean()),
-            "eval/margin": float(margin.mean())}, scores
+    margins = (scores[:, 0] - scores[:, 1]).tolist()
+    return {"eval/accuracy": wins(margins) / len(margins), "eval/margin": float(np.mean(margins))}, scores
 
 
 def main(args):
@@ -174,10 +178,9 @@ def main(args):
         total = right = margin = 0.0
         for i in range(0, len(rows), args.micro_batch):
             chosen, rejected = pair_scores(engine, rows[i:i + args.micro_batch], tokenizer, device)
-            loss = pair_loss(chosen, rejected)
+            loss, margins = pair_loss(chosen, rejected), (chosen - rejected).tolist()
             engine.backward(loss * world / args.batch_size)
-            total, right = total + loss.item(), right + (chosen > rejected).sum().item()
-            margin += (chosen - rejected).sum().item()
+            total, right, margin = total + loss.item(), right + wins(margins), margin + sum(margins)
         set_lr(engine, learning_rate(step, steps, args))
         engine.step()
 
@@ -191,8 +194,10 @@ def main(args):
             row.update(held_out(engine, test, tokenizer, args, rank, world, device)[0])
         log.write(step, row)
 
-    _, scores = held_out(engine, test or train[:args.eval_pairs], tokenizer, args, rank, world, device)
-    center, scale = (float(scores.mean()), float(2 * scores.std() + 1e-8)) if len(scores) else (0.0, 1.0)
+    # Where too few pairs are held out, pairs of the training share give the scale
+    sample = test if len(test) >= 16 else train[:max(200, world)]
+    _, scores = held_out(engine, sample, tokenizer, args, rank, world, device)
+    center, scale = float(scores.mean()), float(2 * scores.std() + 1e-8)
     save_model(engine, tokenizer, out, extra={"rm.json": {
         "base_model": str(Path(sft).resolve()) if Path(sft).exists() else sft, "center": center,
         "scale": scale, "max_length": args.max_length, "chat_template": tokenizer.chat_template,

@@ -3,10 +3,10 @@
     pip install --target /tmp/trl --no-deps trl==1.10.0 accelerate
     PYTHONPATH=/tmp/trl python results/against_trl.py
 
-TRL is not a dependency. Its whitening is a function; its GAE and its losses are lines of PPOTrainer.train, cut
-out of the installed file and executed here as they stand. Two differences are known and bridged: TRL whitens
-with the unbiased variance (ours is Eq. 2's), and in rows shorter than the batch it pays the score one slot behind
-the last token, with one more value there; here it is given rewards and values that end at the last token.
+TRL is not a dependency. Its whitening is a function; its GAE and its losses are lines of PPOTrainer.train,
+cut out of the installed file and executed here as they stand. Two differences are known and bridged: TRL
+whitens with the unbiased variance (ours is Eq. 2's), and in rows shorter than the batch it pays the score one
+slot behind the last token, with one more value there; here its rewards and values end at the last token.
 """
 
 import inspect
@@ -28,8 +28,8 @@ SOURCE = inspect.getsource(ppo_trainer.PPOTrainer.train)
 
 def lines(first, last):
     """The lines from the one that starts with `first` to the one before `last`, ready to be executed."""
-    text = SOURCE[SOURCE.index(first):SOURCE.index(last)]
-    return textwrap.dedent(" " * (SOURCE.index(first) - SOURCE.rindex("\n", 0, SOURCE.index(first)) - 1) + text)
+    start = SOURCE.rindex("\n", 0, SOURCE.index(first)) + 1  # with the first line's own indent
+    return textwrap.dedent(SOURCE[start:SOURCE.index(last)])
 
 
 GAE = lines("lastgaelam = 0", "advantages = masked_whiten(")

@@ -10,8 +10,8 @@
     python results/run.py lr               the learning rates that `compare` uses were chosen by this
 
 Every run is a command line of the project's own scripts, printed before it starts; --jobs of them run at a
-time, each on one core. A finished run is kept (its folder has `done`), so that an interrupted grid continues. A
-table is written to results/<name>.json and printed. Variants that are not in the scripts are patches under
+time, each on one core. A finished run is kept (its folder has `done`), so that an interrupted grid continues.
+A table is written to results/<name>.json and printed. Variants that are not in the scripts are patches under
 results/ablations/, applied to a copy. Delete --out after a change of the code: only commands are compared.
 """
 
@@ -57,8 +57,9 @@ class Grid:
 
     def __init__(self, out, jobs):
         self.out, self.jobs, self.runs = out.resolve(), jobs, []
-        toy = self.add(self.out / "toy", ["-m", "toy.make", "--out", self.out / "toy"])
-        self.data = ["--data", self.out / "toy/preferences.jsonl"], [toy]
+        self.toy = self.out / "toy/build"
+        toy = self.add(self.out / "toy", ["-m", "toy.make", "--out", self.toy])
+        self.data = ["--data", self.toy / "preferences.jsonl"], [toy]
 
     def add(self, folder, command, needs=(), cwd=ROOT):
         run = Run(folder, command, list(needs), cwd)
@@ -75,8 +76,8 @@ class Grid:
     def sft(self, seed):
         toy = self.data[1]
         return self.add(self.out / f"sft_{seed}", [
-            "sft.py", "--output_dir", self.out / f"sft_{seed}", "--base_model", self.out / "toy/model",
-            "--data", self.out / "toy/sft.jsonl", "--seed", seed], toy)
+            "sft.py", "--output_dir", self.out / f"sft_{seed}", "--base_model", self.toy / "model",
+            "--data", self.toy / "sft.jsonl", "--seed", seed], toy)
 
     def gvm(self, seed, *flags):
         sft = self.sft(seed)
@@ -107,7 +108,7 @@ class Grid:
         """evaluate.py gvm on it, as JSON."""
         folder = gvm.folder.with_name(gvm.folder.name + "_quality")
         return self.add(folder, ["evaluate.py", "gvm", "--value_model", gvm.folder, "--pairs", 100,
-                                 *self.data[0], "--unseen_data", self.out / "toy/unseen.jsonl",
+                                 *self.data[0], "--unseen_data", self.toy / "unseen.jsonl",
                                  "--json", folder / "gvm.json"], [gvm])
 
     def patched(self, name):
@@ -159,23 +160,26 @@ def column(rows, name):
 
 
 def converged(reward):
-    """First step at which the mean of the last 5 true rewards has reached 95 % of the run's own gain."""
+    """First step at which the mean of the last 5 true rewards has reached 95 % of the run's own gain; nan if
+    there was none."""
     smooth = np.array([reward[max(0, i - TAIL + 1):i + 1].mean() for i in range(len(reward))])
-    return int(np.argmax(smooth >= reward[0] + 0.95 * (smooth[-1] - reward[0]))) + 1
+    gain = smooth[-1] - reward[0]
+    return int(np.argmax(smooth >= reward[0] + 0.95 * gain)) + 1 if gain > 0 else float("nan")
 
 
 def of_one_run(run):
-    """The numbers of one policy-optimization run."""
+    """The numbers of one policy-optimization run. Seconds are medians; the truth plug, which no real run has,
+    is not in them."""
     rows = rows_of(run)
-    reward, timing = column(rows, "objective/true_reward"), {
-        name: float(np.median(column(rows, f"timing/{name}")[2:]))
-        for name in ("generation", "score", "train", "step_total")}
+    reward = column(rows, "objective/true_reward")
+    phases = {name: column(rows, f"timing/{name}")[2:] for name in ("generation", "score", "train")}
+    seconds = {f"s_{name}": np.median(x) for name, x in {**phases, "step": sum(phases.values())}.items()}
     return {"start": reward[0], "reward": reward[-TAIL:].mean(), "gain": reward[-TAIL:].mean() - reward[0],
             "highest": max(reward[max(0, i - TAIL + 1):i + 1].mean() for i in range(TAIL - 1, len(reward))),
             "kl": column(rows, "objective/kl")[-KL_TAIL:].mean(),
             "length": column(rows, "completions/mean_length")[-KL_TAIL:].mean(),
             "length_start": rows[0]["completions/mean_length"], "converged": converged(reward),
-            "peak_gb": rows[-1]["memory/peak_gb"], **{f"s_{k}": v for k, v in timing.items()}}
+            "peak_gb": rows[-1]["memory/peak_gb"], **seconds}
 
 
 def over_seeds(runs):
@@ -192,7 +196,7 @@ def spread(numbers):
 
 def save_table(name, settings, columns, decimals=3):
     """settings: {label: over_seeds}. Prints a markdown table and writes results/<name>.json."""
-    text = lambda x: f"{x['mean']:.{decimals}f}" + ("" if x["std"] is None else f" ± {x['std']:.{decimals}f}")
+    text = lambda x: " ± ".join(f"{x[k]:.{decimals}f}" for k in ("mean", "std") if x[k] is not None)
     print(f"\n| {name} | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for label, numbers in settings.items():
         print(f"| {label} | " + " | ".join(text(numbers[c]) for c in columns) + " |")
@@ -202,20 +206,25 @@ def save_table(name, settings, columns, decimals=3):
 # ---- the comparison ----------------------------------------------------------------------------------------
 
 def compare(grid, seeds):
-    """DVPO and PPO from one SFT policy, with one GVM and one reward model; seeds of prompts and sampling."""
-    started, steps = time.time(), ["--max_steps", 100]
-    gvm, runs = grid.gvm(1), {"DVPO": [], "PPO": []}
-    for seed in seeds:  # the two of one seed run side by side, so that load falls on both alike
-        runs["DVPO"].append(grid.dvpo("compare/dvpo", seed, 1, *steps, values=gvm))
+    """DVPO and PPO from one SFT policy, seeds of prompts and sampling. DVPO twice: with a GVM of preference
+    pairs, which is all that the reward model sees, and with one of the scores of all answers, as `make demo`.
+    """
+    started, steps = time.time(), ["--max_steps", 80]
+    pairs, scores, _ = grid.gvm(1, "--reward", "preference"), grid.gvm(1), grid.rm(1)
+    grid.execute()  # first, so that what is timed below runs beside nothing else than its like
+    runs = {"PPO": [], "DVPO": [], "DVPO, GVM of scores": []}
+    for seed in seeds:
         runs["PPO"].append(grid.ppo("compare/ppo", seed, 1, *steps))
+        runs["DVPO"].append(grid.dvpo("compare/dvpo", seed, 1, *steps, values=pairs))
+        runs["DVPO, GVM of scores"].append(grid.dvpo("compare/dvpo_scores", seed, 1, *steps, values=scores))
     grid.execute()
     table = {name: over_seeds(found) for name, found in runs.items()}
     save_table("compare", table, ["start", "reward", "gain", "kl", "length", "converged", "s_generation",
-                                  "s_score", "s_train", "s_step_total", "peak_gb"])
+                                  "s_score", "s_train", "s_step", "peak_gb"])
     d, p = table["DVPO"], table["PPO"]
     ratio = lambda a, b, name: a[name]["mean"] / b[name]["mean"]
-    print(f"\nsteps to 95 % of the own gain, DVPO / PPO: {ratio(d, p, 'converged'):.2f} (paper 0.65 to 0.75); "
-          f"seconds a step, PPO / DVPO: {ratio(p, d, 's_step_total'):.2f} (paper 1.46 to 1.77)\n"
+    print(f"\nsteps to 95 % of the own gain, DVPO / PPO: {ratio(d, p, 'converged'):.2f} "
+          f"(paper 0.65 to 0.75)\nseconds a step, PPO / DVPO: {ratio(p, d, 's_step'):.2f} (paper 1.46 to 1.77)\n"
           f"{time.time() - started:.0f} s in all")
     figure(runs, ROOT / "results/compare.png")
     with open(ROOT / "results/compare.jsonl", "w") as f:
@@ -252,8 +261,8 @@ def figure(runs, path):
 
 
 def lr(grid, seeds):
-    """The same budget for both methods: four learning rates of the policy, one seed that is not used again."""
-    gvm, runs = grid.gvm(1), {}
+    """The same budget for both methods: four learning rates of the policy, a seed that is not used again."""
+    gvm, runs = grid.gvm(1, "--reward", "preference"), {}
     for rate in (5e-5, 1e-4, 2e-4, 4e-4):
         runs[f"DVPO {rate:g}"] = [grid.dvpo(f"lr/dvpo_{rate:g}", 11, 1, "--lr", rate, values=gvm)]
         runs[f"PPO {rate:g}"] = [grid.ppo(f"lr/ppo_{rate:g}", 11, 1, "--lr", rate)]
@@ -351,11 +360,13 @@ def frontier(grid, seeds):
     """A fixed beta per run (--kl_target 0), from strict to none at all."""
     runs = {}
     for seed in seeds[:3]:
-        for beta in (0.5, 0.2, 0.1, 0.0):
+        for beta in (0.5, 0.1, 0.0):
             flags = ["--kl_coef", beta, "--kl_target", 0]
-            runs.setdefault(f"DVPO beta {beta}", []).append(
-                grid.dvpo(f"frontier/dvpo_{beta}", seed, base(seed), *flags, values=grid.gvm(base(seed))))
-            runs.setdefault(f"PPO beta {beta}", []).append(
+            for kind in ("q", "gae"):
+                runs.setdefault(f"DVPO {kind}, beta {beta}", []).append(
+                    grid.dvpo(f"frontier/{kind}_{beta}", seed, base(seed), "--advantage", kind, *flags,
+                              values=grid.gvm(base(seed))))
+            runs.setdefault(f"PPO, beta {beta}", []).append(
                 grid.ppo(f"frontier/ppo_{beta}", seed, base(seed), *flags))
     grid.execute()
     table = dict(sorted((name, over_seeds(found)) for name, found in runs.items()))

@@ -158,7 +158,7 @@ def test_reward_model_scores_are_read_at_the_answers_last_token(models_folder, t
     wanted = [model(input_ids=torch.tensor([chat_ids(tokenizer, CHAT)
                                             + answer_ids(tokenizer, text)])).logits.item()
               for text in texts]
-    loaded, tokenizer = load_reward_model(tmp_path, torch.float32)
+    loaded, tokenizer, _, _ = load_reward_model(tmp_path, torch.float32)
     got = reward_scores(loaded, tokenizer, [(CHAT, text) for text in texts], CPU, micro_batch=2)
     assert got == pytest.approx(wanted, abs=1e-5) and max(wanted) - min(wanted) > 0.01
 

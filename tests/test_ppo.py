@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import train_dvpo
 import train_gvm
@@ -105,7 +105,7 @@ def test_pair_loss_is_bradley_terry():
 def test_what_the_two_trainers_share_is_the_same_text():
     """The diff of the siblings is the lesson, so what is not the lesson is equal to the letter."""
     for name in ("gae", "policy_loss", "next_kl_coef", "response_logprobs", "row_seed", "rollout",
-                 "self_check", "warn", "rl_prompts"):
+                 "self_check", "warn", "rl_prompts", "check_batches"):
         ppo, dvpo = (inspect.getsource(getattr(module, name)) for module in (train_ppo, train_dvpo))
         assert ppo == dvpo, name
     assert inspect.getsource(train_rm.learning_rate) == inspect.getsource(train_gvm.learning_rate)
@@ -134,12 +134,12 @@ def test_the_reward_model_scores_sampled_ids_at_their_last_token(baseline, chain
     row alone, on the scale of rm.json."""
     stock = AutoPeftModelForSequenceClassification.from_pretrained(baseline.rm, num_labels=1).eval()
     stock.config.pad_token_id = None
-    model, tokenizer = load_reward_model(baseline.rm, torch.float32)
-    settings = json.loads((baseline.rm / "rm.json").read_text())
+    reward_model = load_reward_model(baseline.rm, torch.float32)
+    tokenizer, settings = reward_model[1], json.loads((baseline.rm / "rm.json").read_text())
     args = train_ppo.Args(micro_batch=2)
     rows = [{"prompt": CHAT, "response_ids": ids, "response": "", "truncated": ids[-1] != 1}
             for ids in ([12, 1], [1], [10, 9, 12, 14, 8, 1], [10, 9, 12])]
-    got = train_ppo.rewards(model, tokenizer, settings, rows, load_tokenizer(chain.sft), args, CPU)
+    got = train_ppo.model_scores(reward_model, rows, load_tokenizer(chain.sft), args, CPU)
     for row, reward in zip(rows, got):
         ids = torch.tensor([chat_ids(tokenizer, CHAT) + row["response_ids"]])
         with torch.no_grad():
@@ -155,17 +155,30 @@ def test_a_reward_model_of_another_vocabulary_reads_the_text(models_folder, chai
     AutoModelForSequenceClassification.from_pretrained(models_folder / "llama",
                                                        num_labels=1).save_pretrained(tmp_path)
     word_tokenizer(words).save_pretrained(tmp_path)
-    model, tokenizer = load_reward_model(tmp_path, torch.float32)
+    reward_model = load_reward_model(tmp_path, torch.float32)
+    model, tokenizer, *scale = reward_model
     policy_tokenizer, args = load_tokenizer(chain.sft), train_ppo.Args(micro_batch=2)
     ids = answer_ids(policy_tokenizer, "yes it is red .")
     rows = [{"prompt": CHAT, "response": "yes it is red .", "truncated": cut, "response_ids": ids[:6 - cut]}
             for cut in (False, True)]
-    scale = train_ppo.reward_scale(tmp_path)
-    got = train_ppo.rewards(model, tokenizer, scale, rows, policy_tokenizer, args, CPU)
+    got = train_ppo.model_scores(reward_model, rows, policy_tokenizer, args, CPU)
     whole = reward_scores(model, tokenizer, [(CHAT, "yes it is red .")], CPU, 1)[0]
     cut = reward_scores(model, tokenizer, [(CHAT, answer_ids(tokenizer, "yes it is red .")[:-1])], CPU, 1)[0]
     assert got == pytest.approx([whole, cut], abs=1e-5) and abs(whole - cut) > 1e-3
-    assert scale == {"center": 0.0, "scale": 1.0}
+    assert scale == [0.0, 1.0]
+
+
+def test_a_reward_model_that_ends_answers_otherwise_reads_the_text(baseline, chain):
+    """The policy's vocabulary but another EOS (base model, chat model): its own EOS is put behind."""
+    model, tokenizer, center, scale = load_reward_model(baseline.rm, torch.float32)
+    tokenizer.eos_token = "."
+    rows = [{"prompt": CHAT, "response": "yes it is red", "truncated": False,
+             "response_ids": answer_ids(load_tokenizer(chain.sft), "yes it is red")}]
+    got = train_ppo.model_scores((model, tokenizer, center, scale), rows, load_tokenizer(chain.sft),
+                                 train_ppo.Args(micro_batch=1), CPU)
+    wanted, = reward_scores(model, tokenizer, [(CHAT, "yes it is red")], CPU, 1)
+    assert answer_ids(tokenizer, "yes it is red") != rows[0]["response_ids"]
+    assert got == pytest.approx([(wanted - center) / scale], abs=1e-5)
 
 
 # ---- training ----
@@ -195,19 +208,69 @@ def test_during_warm_up_only_the_critic_learns(baseline, chain, flags, tmp_path,
     updates = []
     recorded(monkeypatch, train_ppo, "update", updates)
     run_stage(train_ppo, **flags.ppo, sft_model=chain.sft, reward_model=baseline.rm, critic_warmup=3,
-              output_dir=tmp_path)
-    start, end = load_file(chain.sft / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+              output_dir=tmp_path / "all")
+    start, end = load_file(chain.sft / "model.safetensors"), load_file(tmp_path / "all/model.safetensors")
     assert all(torch.equal(start[name], end[name]) for name in start)
     assert fingerprint(updates[0][0][1].module) != baseline.start
-    rows = metrics(tmp_path)
+    rows = metrics(tmp_path / "all")
     assert [row["objective/kl"] for row in rows] == [0, 0, 0] and rows[-1]["objective/kl_coef"] == 0.2
-    assert rows[-1]["loss/value_avg"] > 0
+    assert all(row["loss/value_avg"] > 0 and row["critic/grad_norm"] > 0 for row in rows)
+    assert all(row["policy/updates"] == row["grad_norm"] == row["lr"] == 0 for row in rows)
+    # one step of three: KL is 0 at steps 0 and 1, the policy of step 2 has moved
+    run_stage(train_ppo, **flags.ppo, sft_model=chain.sft, reward_model=baseline.rm, critic_warmup=1,
+              output_dir=tmp_path / "one")
+    kl = [row["objective/kl"] for row in metrics(tmp_path / "one")]
+    assert kl[:2] == [0, 0] and kl[2] != 0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_ppo_makes_what_is_rewarded_more_likely(sign, baseline, chain, flags, tmp_path, monkeypatch):
+    """Reward is the share of some words in the answer, or minus that: after 20 steps they are more frequent, or
+    less frequent, than at the start by a third. The KL penalty is off."""
+    words, shares = range(3, 15), []
+
+    def share(reward_model, rows, *rest):
+        found = [sum(row["response_ids"].count(word) for word in words) / len(row["response_ids"]) for row in rows]
+        shares.append(np.mean(found))
+        return [sign * x for x in found]
+    monkeypatch.setattr(train_ppo, "model_scores", share)
+    run_stage(train_ppo, **{**flags.ppo, "max_steps": 20, "rollout_batch": 16, "micro_batch": 16, "lr": 3e-3},
+              sft_model=chain.sft, reward_model=baseline.rm, kl_coef=0.0, eval_every=0, output_dir=tmp_path)
+    start, end = np.mean(shares[:3]), np.mean(shares[-5:])
+    assert 0.2 < start < 0.7 and (end > 4 / 3 * start if sign > 0 else end < 2 / 3 * start)
+
+
+def test_beta_kl_and_a_missing_eos_are_taken_off_the_rewards(baseline, chain, flags, tmp_path, monkeypatch):
+    """What main hands to token_rewards on a policy that has left the reference: beta (log pi_old - log pi_ref)
+    of each token, and the missing-EOS penalty once, on the last token of a truncated answer."""
+    monkeypatch.setattr(train_ppo, "model_scores", lambda reward_model, rows, *rest: [0.0] * len(rows))
+    given = []
+    recorded(monkeypatch, train_ppo, "token_rewards", given)
+    scored = []
+    recorded(monkeypatch, train_ppo, "score", scored)
+    run_stage(train_ppo, **{**flags.ppo, "max_steps": 4}, sft_model=chain.sft, reward_model=baseline.rm,
+              kl_coef=0.5, kl_target=0, missing_eos_penalty=0.25, eval_every=0, output_dir=tmp_path)
+    for ((_, penalty, mask), rewards), (score_args, (batch, old, ref, *_)) in zip(given, scored):
+        for i, row in enumerate(score_args[4]):
+            T = len(row["response_ids"])
+            wanted = (0.5 * (old - ref))[i, :T].tolist()
+            wanted[-1] += 0.25 * row["truncated"]
+            assert penalty[i, :T].tolist() == pytest.approx(wanted, abs=1e-6)
+            assert rewards[i, :T].tolist() == pytest.approx([-x for x in wanted], abs=1e-6)
+    assert any(row["truncated"] for args, _ in scored for row in args[4])
+
+
+def test_the_early_stop_ends_a_steps_updates(baseline, chain, flags, tmp_path):
+    for limit, updates in ((1e-6, 2), (0.0, 6)):
+        run_stage(train_ppo, **{**flags.ppo, "max_steps": 1, "ppo_epochs": 3}, sft_model=chain.sft,
+                  reward_model=baseline.rm, early_stop_kl=limit, output_dir=tmp_path)
+        row, = metrics(tmp_path)
+        assert row["policy/updates"] == updates and row["policy/early_stopped"] == (updates == 2)
 
 
 def test_a_critic_learns_a_constant_reward(baseline, chain, flags, tmp_path, monkeypatch):
     """Every answer is worth 1: the critic's values go to 1 and the loss falls."""
-    monkeypatch.setattr(train_ppo, "rewards",
-                        lambda model, rm_tokenizer, scale, rows, *rest: [1.0] * len(rows))
+    monkeypatch.setattr(train_ppo, "model_scores", lambda reward_model, rows, *rest: [1.0] * len(rows))
     run_stage(train_ppo, **{**flags.ppo, "max_steps": 12, "critic_lr": 1e-2}, sft_model=chain.sft,
               reward_model=baseline.rm, critic_warmup=12, cliprange_value=10, output_dir=tmp_path)
     rows = metrics(tmp_path)
@@ -226,7 +289,11 @@ def test_lora_trains_policy_and_critic_and_saves_a_plain_policy(baseline, chain,
     for model in (engine.module, critic.module):
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         assert trained and all("lora_" in name or "modules_to_save" in name for name in trained)
-    assert metrics(tmp_path)[-1]["objective/kl"] != 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([[0, 3, 6, 9, 15, 27, 7, 4, 6, 12, 9]])
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=ids).logits, engine.module(input_ids=ids).logits, atol=1e-5)
+    assert any(p.abs().max() > 0 for name, p in critic.module.named_parameters() if "lora_B" in name)
 
 
 def test_the_reward_model_learns_the_datas_preference(chain, flags, tmp_path):
@@ -242,10 +309,12 @@ def test_the_reward_model_learns_the_datas_preference(chain, flags, tmp_path):
 # ---- where the critic starts, and what is on disk ----
 
 def test_a_critic_from_the_reward_model_says_what_it_says(baseline, chain):
-    """At every token of an answer: the head on the backbone, on the scale of the rewards."""
+    """At every token of an answer: the head on the backbone, on the scale of the standardized scores. No row
+    of its embedding is a padding row, which would never be trained."""
     tokenizer, settings = load_tokenizer(chain.sft), json.loads((baseline.rm / "rm.json").read_text())
     critic = train_ppo.load_critic(str(baseline.rm), tokenizer, torch.float32).eval()
-    model, _ = load_reward_model(baseline.rm, torch.float32)
+    model, *_ = load_reward_model(baseline.rm, torch.float32)
+    assert critic.get_input_embeddings().padding_idx is None
     ids = chat_ids(tokenizer, CHAT) + answer_ids(tokenizer, "yes it is red .")
     with torch.no_grad():
         got = critic(input_ids=torch.tensor([ids])).logits[0, :, 0].tolist()
@@ -262,6 +331,7 @@ def test_a_critic_from_a_gvm_or_an_sft_model(chain):
     with torch.no_grad():
         assert torch.allclose(critic(input_ids=ids).logits,
                               load_gvm(chain.gvm, torch.float32)[0].eval()(input_ids=ids).logits, atol=1e-5)
+    assert all(p.requires_grad for p in critic.parameters())  # a loaded adapter had frozen them
     critic = train_ppo.load_critic(str(chain.sft), tokenizer, torch.float32)
     start = load_file(chain.sft / "model.safetensors")
     assert all(torch.equal(p, start[name]) for name, p in critic.named_parameters() if "score" not in name)
@@ -295,6 +365,27 @@ def test_a_reward_model_that_has_not_been_trained(chain, flags, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match="train_rm.py --model"):
         run_stage(train_ppo, **flags.ppo, sft_model=chain.sft)
+
+
+def test_a_broken_rm_json(baseline, chain, flags, tmp_path):
+    for path in baseline.rm.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    for content in ("{", "{}"):
+        (tmp_path / "rm.json").write_text(content)
+        with pytest.raises(BadInput, match="rm.json cannot be read"):
+            run_stage(train_ppo, **flags.ppo, sft_model=chain.sft, reward_model=tmp_path)
+
+
+def test_lengths_beyond_the_reward_models_context(baseline, chain, flags, models_folder, tmp_path):
+    """The policy could read more than its reward model can: said before anything is sampled."""
+    model = AutoModelForSequenceClassification.from_pretrained(chain.sft, num_labels=1)
+    model.config.max_position_embeddings = 32
+    model.save_pretrained(tmp_path)
+    load_tokenizer(chain.sft).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="--reward_model: its context of 32"):
+        run_stage(train_ppo, **flags.ppo, sft_model=chain.sft, reward_model=tmp_path,
+                  output_dir=tmp_path / "out")
 
 
 def test_a_critic_of_another_vocabulary(baseline, chain, flags, models_folder, tmp_path):

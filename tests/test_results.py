@@ -76,6 +76,7 @@ def test_the_step_of_convergence_by_hand():
     assert run.converged(reward) == 15
     assert run.converged(np.array([0.0, 1.0, 1.0, 1.0, 1.0, 1.0])) == 6
     assert run.converged(np.linspace(0, 1, 101)) > 90
+    assert np.isnan(run.converged(np.linspace(1, 0, 20)))
 
 
 def test_spread_is_mean_and_sample_deviation():
@@ -98,6 +99,12 @@ def test_a_grid_runs_what_is_needed_first_and_keeps_what_is_done(tmp_path):
     assert (tmp_path / "log").read_text() == "a"
     grid("b").execute()
     assert (tmp_path / "log").read_text() == "ab"  # what needs it runs again, too
+
+
+def test_a_grid_makes_the_toy_world_in_a_new_folder(tmp_path):
+    g = run.Grid(tmp_path / "new", 1)
+    g.execute()
+    assert (g.toy / "preferences.jsonl").exists() and (g.toy / "model/config.json").exists()
 
 
 def test_a_failed_run_ends_the_grid_with_its_log(tmp_path):

@@ -147,7 +147,8 @@ def test_a_frozen_q_parts_from_the_reward_model_once_the_policy_moves():
 
 def test_what_following_a_frozen_q_costs():
     """Behind token 0 every answer is worth 0.5; behind token 1 one answer is worth 1 and the rest nothing.
-    For a uniform policy token 0 is the better one, and a frozen Q keeps saying so; the reward model does not."""
+    For the first policy token 0 is the better one, and a frozen Q keeps saying so; a reward model does not.
+    """
     reward = torch.tensor([0.5 if y[0] == 0 else float(y == (1, 0, 0)) for y in ANSWERS], dtype=torch.float64)
     theta = torch.zeros(len(STATES), A, dtype=torch.float64)
     theta[STATES[()]] = torch.tensor([0.0, 2.0, -4.0])        # token 1 is tried often enough to be learned
