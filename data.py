@@ -394,21 +394,25 @@ def report_drops(dropped, total, source, allow, log=print, first=None):
 
 # ---- from records to training examples ----
 
-def preference_pair(record, seed):
+def preference_pair(record, seed, responses=None):
     """(chosen, rejected), two responses of a record, or None where it prefers neither.
+
+    responses: those of the record's that may be taken (the ones that are short enough); default all.
 
     Pairs keep their order, except that equal scores prefer nothing. Of several scored responses the best (the
     first of equals) is chosen, and the rejected one is drawn from the strictly lower ones, as
     ultrafeedback_binarized does; the draw depends on seed, prompt and texts, not on the place of the row.
     """
-    responses = record["responses"]
+    responses = record["responses"] if responses is None else responses
     if record["shape"] in ("binarized", "pairs"):
+        if len(responses) < 2:
+            return None
         chosen, rejected = responses
         equal = chosen["score"] is not None and chosen["score"] == rejected["score"]
         return None if equal else (chosen, rejected)
     scored = [response for response in responses if response["score"] is not None]
     chosen = max(scored, key=lambda response: response["score"], default=None)
-    lower = [response for response in scored if response["score"] < chosen["score"]]
+    lower = [response for response in scored if response["score"] < chosen["score"]]  # empty if none scored
     if not lower:
         return None
     key = json.dumps([seed, prompt_text(record["prompt"]), [response["text"] for response in scored]])

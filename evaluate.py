@@ -188,8 +188,8 @@ def read_held_out(source, gvm, args):
         fitting = [row for row in record["responses"] if len(row["response_ids"]) <= room]
         rows += fitting
         left_out[f"responses over {limit} tokens with prompt"] += len(record["responses"]) - len(fitting)
-        pair = preference_pair(record, args.split_seed)
-        if pair and all(row in fitting for row in pair):
+        pair = preference_pair(record, args.split_seed, fitting)
+        if pair:
             pairs.append(pair)
         else:
             left_out["prompts without a pair"] += 1

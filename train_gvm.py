@@ -131,32 +131,31 @@ def trajectories(records, tokenizer, args):
         share = split_of(prompt_text(record["prompt"]), args.split_seed)
         if share not in ("value", "test"):
             continue
-        pair = preference_pair(record, args.split_seed)
+        prompt_ids = chat_ids(tokenizer, record["prompt"])
+        room = args.max_length - len(prompt_ids)
+        fitting = [r for r in record["responses"] if len(answer_ids(tokenizer, r["text"])) <= room]
+        dropped[f"prompt + response over --max_length {args.max_length}"] += (len(record["responses"])
+                                                                              - len(fitting))
+        pair = preference_pair(record, args.split_seed, fitting)
         if share == "value" and args.reward == "score":
-            chosen = [(response, score_reward(response, record, args)) for response in record["responses"]]
+            chosen = [(response, score_reward(response, record, args)) for response in fitting]
         elif share == "value" and args.reward == "model":
-            chosen = [(response, 0.0) for response in record["responses"]]  # filled in by model_rewards
-        elif pair is None:
-            dropped["equal scores in a pair"] += 2
-            continue
-        else:
+            chosen = [(response, 0.0) for response in fitting]  # filled in by model_rewards
+        elif pair:
             chosen = [(pair[0], 1.0), (pair[1], -1.0)]
-        prompt_ids, rows = chat_ids(tokenizer, record["prompt"]), []
-        for response, reward in chosen:
-            row = {"prompt": record["prompt"], "group": record["group"], "policy": response["policy"],
-                   "reward": reward, "text": response["text"], "prompt_ids": prompt_ids,
-                   "response_ids": answer_ids(tokenizer, response["text"])}
-            if len(prompt_ids) + len(row["response_ids"]) > args.max_length:
-                dropped[f"prompt + response over --max_length {args.max_length}"] += 1
-            else:
-                rows.append(row)
+        else:
+            dropped["no pair of unequal scores"] += len(fitting)
+            continue
+        rows = [{"prompt": record["prompt"], "group": record["group"], "policy": response["policy"],
+                 "reward": reward, "text": response["text"], "prompt_ids": prompt_ids,
+                 "response_ids": answer_ids(tokenizer, response["text"])} for response, reward in chosen]
         kept += len(rows)
         if share == "value":
             train += rows
-        elif len(rows) == 2:
+        else:
             pairs.append(tuple(rows))
     if kept or dropped:
-        report_drops(dropped, kept + sum(dropped.values()), args.data, args.allow_dropped, log=print0)
+        report_drops(+dropped, kept + sum(dropped.values()), args.data, args.allow_dropped, log=print0)
     if not train:
         raise BadInput(f"--data {args.data}: no trajectory is left to train on; its prompts are too few for "
                        f"the value share.")

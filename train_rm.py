@@ -49,7 +49,7 @@ class Args:
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file
     split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
     allow_dropped: bool = False  # go on when more than 10 % of the pairs had to be dropped
-    max_length: int = 1024  # prompt + response; pairs with a longer one are dropped and counted [tokens]
+    max_length: int = 1024  # prompt + response; longer ones are not paired, lost pairs are counted [tokens]
     # optimisation
     lr: float = 2e-5  # peak learning rate, linear decay to 0
     epochs: int = 2  # passes over the pairs
@@ -92,15 +92,17 @@ def preference_rows(records, tokenizer, args):
         share = split_of(prompt_text(record["prompt"]), args.split_seed)
         if share not in ("value", "test"):
             continue
-        pair = preference_pair(record, args.split_seed)
-        if pair is None:
-            dropped["equal scores in a pair"] += 1
-            continue
-        row = (chat_ids(tokenizer, record["prompt"]), *(answer_ids(tokenizer, r["text"]) for r in pair))
-        if len(row[0]) + max(len(row[1]), len(row[2])) > args.max_length:
-            dropped[f"prompt + response over --max_length {args.max_length}"] += 1
-        else:
+        prompt_ids = chat_ids(tokenizer, record["prompt"])
+        room = args.max_length - len(prompt_ids)
+        fitting = [r for r in record["responses"] if len(answer_ids(tokenizer, r["text"])) <= room]
+        pair = preference_pair(record, args.split_seed, fitting)
+        if pair:
+            row = (prompt_ids, *(answer_ids(tokenizer, response["text"]) for response in pair))
             (train if share == "value" else test).append(row)
+        elif len(fitting) < 2:
+            dropped[f"no two responses within --max_length {args.max_length} with the prompt"] += 1
+        else:
+            dropped["no pair of unequal scores"] += 1
     if train or test or dropped:
         report_drops(dropped, len(train) + len(test) + sum(dropped.values()), args.data, args.allow_dropped,
                      log=print0)

@@ -581,3 +581,14 @@ def test_damaged_bytes_give_rows_or_bad_input_and_nothing_else(tmp_path):
             assert str(error).startswith(str(path)) and "\n" not in str(error)
             stopped[name] += 1
     assert len(stopped) == 3, stopped
+
+
+def test_a_pair_is_drawn_from_what_may_be_taken():
+    """Of the responses that are short enough: the best of them is chosen, a pair that lost one is none."""
+    responses = [{"text": text, "policy": None, "score": score}
+                 for text, score in (("a very long answer", 9.0), ("short", 5.0), ("bad", 2.0))]
+    record = {"shape": "ultrafeedback", "prompt": [{"role": "user", "content": "q"}], "responses": responses}
+    assert preference_pair(record, 0)[0]["text"] == "a very long answer"
+    assert [r["text"] for r in preference_pair(record, 0, responses[1:])] == ["short", "bad"]
+    assert preference_pair(record, 0, responses[:1]) is None and preference_pair(record, 0, []) is None
+    assert preference_pair({**record, "shape": "pairs", "responses": responses[:2]}, 0, responses[:1]) is None
