@@ -112,6 +112,18 @@ def tau_pairs(step, steps, args):
     return min(args.k, max(0, int(2 * args.k * (progress - 0.5))))
 
 
+def rows_of_step(n, step, args):
+    """Which of the n trajectories an optimizer batch holds, from an endless stream of shuffled epochs.
+
+    With --reward preference they are pairs, rows 2 i and 2 i + 1, and the two share a batch: where both
+    answers are equally good, +1 and -1 then cancel instead of being noise. Dealt apart, the toy's GVM learned
+    nothing in 700 steps; together, it did in 100.
+    """
+    unit = 2 if args.reward == "preference" else 1
+    units = epoch_rows(n // unit, step * args.batch_size // unit, args.batch_size // unit, args.seed)
+    return [unit * i + j for i in units for j in range(unit)]
+
+
 def ranking_accuracy(good, bad):
     """Share of pairs in which the good response has the higher number, ties counted half."""
     good, bad = np.asarray(good), np.asarray(bad)
@@ -265,6 +277,9 @@ def main(args):
     from peft import LoraConfig, get_peft_model
     rank, world, device = init_distributed()
     accum = split_batch(args.batch_size, args.micro_batch, world)
+    if args.reward == "preference" and args.batch_size % 2:
+        raise BadInput(f"--batch_size {args.batch_size} must be even with --reward preference: the two "
+                       f"answers of a pair share a batch.")
     if (args.reward == "model") != bool(args.reward_model):
         raise BadInput("--reward model and --reward_model FOLDER belong together: give both or neither.")
     if not (args.k >= 0 and 0 <= args.lam <= 1 and 0 < args.gamma <= 1 and 0 <= args.tau_warmup <= 1
@@ -320,8 +335,7 @@ def main(args):
         #    tau is empty at first: the model learns to value answers, then whose they are. Both at once
         #    took far longer
         k = tau_pairs(step, steps, args)
-        picks = list(enumerate(epoch_rows(len(train), step * args.batch_size, args.batch_size,
-                                          args.seed)))[rank::world]
+        picks = list(enumerate(rows_of_step(len(train), step, args)))[rank::world]
         rows = []
         for place, i in picks:
             tau = tau_source.draw(train[i]["policy"], train[i]["group"], keyed_rng(args.seed, step, place), k)

@@ -224,7 +224,8 @@ def compare(grid, seeds):
     d, p = table["DVPO"], table["PPO"]
     ratio = lambda a, b, name: a[name]["mean"] / b[name]["mean"]
     print(f"\nsteps to 95 % of the own gain, DVPO / PPO: {ratio(d, p, 'converged'):.2f} "
-          f"(paper 0.65 to 0.75)\nseconds a step, PPO / DVPO: {ratio(p, d, 's_step'):.2f} (paper 1.46 to 1.77)\n"
+          f"(paper 0.65 to 0.75)\nseconds a step, PPO / DVPO: "
+          f"{ratio(p, d, 's_step'):.2f} (paper 1.46 to 1.77)\n"
           f"{time.time() - started:.0f} s in all")
     figure(runs, ROOT / "results/compare.png")
     with open(ROOT / "results/compare.jsonl", "w") as f:

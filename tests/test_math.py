@@ -338,6 +338,18 @@ def test_epochs_visit_every_row_once_and_any_step_can_be_asked_for():
     assert epoch_rows(7, 5, 10, seed=3) == rows[5:15]
 
 
+def test_the_answers_of_a_pair_share_a_batch():
+    """Preference data: rows 2 i and 2 i + 1 always together, every row once an epoch; else row by row."""
+    pairs = SimpleNamespace(reward="preference", batch_size=4, seed=3)
+    batches = [train_gvm.rows_of_step(12, step, pairs) for step in range(6)]
+    assert all(row ^ 1 in batch for batch in batches for row in batch)
+    assert sorted(sum(batches[:3], [])) == sorted(sum(batches[3:], [])) == list(range(12))
+    assert batches[:3] != batches[3:]
+    alone = SimpleNamespace(reward="score", batch_size=4, seed=3)
+    assert [train_gvm.rows_of_step(12, step, alone) for step in range(2)] == [
+        epoch_rows(12, 4 * step, 4, 3) for step in range(2)]
+
+
 def test_draws_depend_on_their_key_alone():
     """(seed, step) names a draw: no state, so ranks and restarts agree."""
     assert (keyed_rng(1, 2).integers(2**60) == keyed_rng(1, 2).integers(2**60)

@@ -225,12 +225,13 @@ def test_during_warm_up_only_the_critic_learns(baseline, chain, flags, tmp_path,
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_ppo_makes_what_is_rewarded_more_likely(sign, baseline, chain, flags, tmp_path, monkeypatch):
-    """Reward is the share of some words in the answer, or minus that: after 20 steps they are more frequent, or
-    less frequent, than at the start by a third. The KL penalty is off."""
+    """Reward is the share of some words in the answer, or minus that: after 20 steps they are more frequent,
+    or less frequent, than at the start by a third. The KL penalty is off."""
     words, shares = range(3, 15), []
 
     def share(reward_model, rows, *rest):
-        found = [sum(row["response_ids"].count(word) for word in words) / len(row["response_ids"]) for row in rows]
+        found = [sum(ids.count(word) for word in words) / len(ids)
+                 for ids in (row["response_ids"] for row in rows)]
         shares.append(np.mean(found))
         return [sign * x for x in found]
     monkeypatch.setattr(train_ppo, "model_scores", share)
@@ -241,8 +242,8 @@ def test_ppo_makes_what_is_rewarded_more_likely(sign, baseline, chain, flags, tm
 
 
 def test_beta_kl_and_a_missing_eos_are_taken_off_the_rewards(baseline, chain, flags, tmp_path, monkeypatch):
-    """What main hands to token_rewards on a policy that has left the reference: beta (log pi_old - log pi_ref)
-    of each token, and the missing-EOS penalty once, on the last token of a truncated answer."""
+    """What main hands to token_rewards on a policy that has left the reference: beta (log pi_old - log
+    pi_ref) of each token, and the missing-EOS penalty once, on the last token of a truncated answer."""
     monkeypatch.setattr(train_ppo, "model_scores", lambda reward_model, rows, *rest: [0.0] * len(rows))
     given = []
     recorded(monkeypatch, train_ppo, "token_rewards", given)
