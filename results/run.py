@@ -1,7 +1,7 @@
 """The runs behind the tables of the README and of results/README.md, on the toy world, one command each.
 
     python results/run.py compare          DVPO and PPO, 5 seeds (what `make compare` does)
-    python results/run.py advantage        (a) --advantage x where the values come from
+    python results/run.py advantage        (a) --advantage x where the values come from, and PPO
     python results/run.py lam              (b) lambda of TD(lambda)
     python results/run.py conditioning     (c) K, pairs of tau
     python results/run.py normalization    (d) scope of Eq. 2, KL inside or outside of it
@@ -209,14 +209,15 @@ def compare(grid, seeds):
     """DVPO and PPO from one SFT policy, seeds of prompts and sampling. DVPO twice: with a GVM of preference
     pairs, which is all that the reward model sees, and with one of the scores of all answers, as `make demo`.
     """
-    started, steps = time.time(), ["--max_steps", 80]
+    started, steps = time.time(), ["--max_steps", 80, "--lr"]  # --lr: the best of four for each, see lr()
     pairs, scores, _ = grid.gvm(1, "--reward", "preference"), grid.gvm(1), grid.rm(1)
     grid.execute()  # first, so that what is timed below runs beside nothing else than its like
     runs = {"PPO": [], "DVPO": [], "DVPO, GVM of scores": []}
     for seed in seeds:
-        runs["PPO"].append(grid.ppo("compare/ppo", seed, 1, *steps))
-        runs["DVPO"].append(grid.dvpo("compare/dvpo", seed, 1, *steps, values=pairs))
-        runs["DVPO, GVM of scores"].append(grid.dvpo("compare/dvpo_scores", seed, 1, *steps, values=scores))
+        runs["PPO"].append(grid.ppo("compare/ppo", seed, 1, *steps, 1e-4))
+        runs["DVPO"].append(grid.dvpo("compare/dvpo", seed, 1, *steps, 5e-5, values=pairs))
+        runs["DVPO, GVM of scores"].append(grid.dvpo("compare/dvpo_scores", seed, 1, *steps, 1e-4,
+                                                       values=scores))
     grid.execute()
     table = {name: over_seeds(found) for name, found in runs.items()}
     save_table("compare", table, ["start", "reward", "gain", "kl", "length", "converged", "s_generation",
@@ -287,9 +288,15 @@ def advantage(grid, seeds):
                 values = "exact" if source == "exact" else grid.gvm(base(seed))
                 runs.setdefault(f"{source} {kind}", []).append(grid.dvpo(
                     f"advantage/{source}_{kind}", seed, base(seed), "--advantage", kind, values=values))
+        runs.setdefault("PPO", []).append(grid.ppo("advantage/PPO", seed, base(seed)))
     grid.execute()
-    save_table("advantage", {name: over_seeds(found) for name, found in runs.items()},
-               ["start", "reward", "kl", "length_start", "length"])
+    table = {name: over_seeds(found) for name, found in runs.items()}
+    save_table("advantage", table, ["start", "reward", "gain", "kl", "length_start", "length"])
+    for name in ("PPO", "GVM q", "GVM gae"):
+        share = [ours / exact for ours, exact in zip(table[name]["gain"]["each"],
+                                                     table["exact gae"]["gain"]["each"])]
+        print(f"{name}: share of the gain that exact advantages (exact gae) have, seed by seed:",
+              " ".join(f"{x:.2f}" for x in share))
 
 
 def quality_table(grid, name, settings):

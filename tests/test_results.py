@@ -3,6 +3,7 @@ says, and the numbers of a table are what their docstrings promise."""
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -114,3 +115,15 @@ def test_a_failed_run_ends_the_grid_with_its_log(tmp_path):
     with pytest.raises(SystemExit, match="no such thing"):
         g.execute()
     assert not (tmp_path / "bad/done").exists()
+
+
+def test_the_results_page_names_commands_that_exist():
+    """Each `python results/run.py X` is an experiment, each has its section and, once measured, its file."""
+    page = (ROOT / "results/README.md").read_text()
+    named = set(re.findall(r"python results/run\.py (\w+)", page))
+    assert named == {"compare", "lr", "advantage", "lam", "conditioning", "normalization", "drift",
+                     "frontier"}
+    assert all(callable(getattr(run, name)) for name in named)
+    for name in named - {"compare"}:
+        assert (ROOT / f"results/{name}.json").exists() or "Not measured yet" in page
+    assert "{{" not in page
