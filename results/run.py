@@ -1,6 +1,7 @@
 """The runs behind the tables of the README and of results/README.md, on the toy world, one command each.
 
     python results/run.py compare          DVPO and PPO, 5 seeds (what `make compare` does)
+    python results/run.py baseline         PPO with room, against exact advantages
     python results/run.py advantage        (a) --advantage x where the values come from, and PPO
     python results/run.py lam              (b) lambda of TD(lambda)
     python results/run.py conditioning     (c) K, pairs of tau
@@ -292,11 +293,27 @@ def advantage(grid, seeds):
     grid.execute()
     table = {name: over_seeds(found) for name, found in runs.items()}
     save_table("advantage", table, ["start", "reward", "gain", "kl", "length_start", "length"])
-    for name in ("PPO", "GVM q", "GVM gae"):
-        share = [ours / exact for ours, exact in zip(table[name]["gain"]["each"],
-                                                     table["exact gae"]["gain"]["each"])]
-        print(f"{name}: share of the gain that exact advantages (exact gae) have, seed by seed:",
-              " ".join(f"{x:.2f}" for x in share))
+    print_shares(table, "exact gae")
+
+
+def print_shares(table, exact):
+    """Which part of the gain with exact advantages each setting has, seed by seed."""
+    for name in table:
+        share = [a / b for a, b in zip(table[name]["gain"]["each"], table[exact]["gain"]["each"])]
+        print(f"{name}: gain / gain of {exact}, seed by seed:", " ".join(f"{x:.2f}" for x in share))
+
+
+def baseline(grid, seeds):
+    """PPO against exact advantages with 150 steps and more room for KL: is it a baseline worth beating?"""
+    flags, runs = ["--max_steps", 150, "--kl_target", 0.6], {"exact gae": [], "PPO": []}
+    for seed in seeds:
+        runs["exact gae"].append(grid.dvpo("baseline/exact", seed, base(seed), "--advantage", "gae", *flags,
+                                           values="exact"))
+        runs["PPO"].append(grid.ppo("baseline/ppo", seed, base(seed), *flags))
+    grid.execute()
+    table = {name: over_seeds(found) for name, found in runs.items()}
+    save_table("baseline", table, ["start", "reward", "highest", "gain", "kl", "length"])
+    print_shares(table, "exact gae")
 
 
 def quality_table(grid, name, settings):
@@ -382,8 +399,8 @@ def frontier(grid, seeds):
 
 
 if __name__ == "__main__":
-    experiments = {f.__name__: f for f in (compare, lr, advantage, lam, conditioning, normalization, drift,
-                                           frontier)}
+    experiments = {f.__name__: f for f in (compare, lr, baseline, advantage, lam, conditioning,
+                                           normalization, drift, frontier)}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("experiment", choices=experiments)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
