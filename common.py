@@ -451,6 +451,18 @@ def answer_ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
+def responses_that_fit(record, tokenizer, max_length):
+    """(prompt ids, those of the record's responses that fit into max_length tokens behind it).
+
+    Each response gets its token ids as `response_ids`, so that nothing is tokenized a second time.
+    """
+    prompt_ids = chat_ids(tokenizer, record["prompt"])
+    for response in record["responses"]:
+        response["response_ids"] = answer_ids(tokenizer, response["text"])
+    return prompt_ids, [response for response in record["responses"]
+                        if len(prompt_ids) + len(response["response_ids"]) <= max_length]
+
+
 def cut_text(tokenizer, text, tokens):
     """The first `tokens` tokens of a text."""
     ids = tokenizer(text, add_special_tokens=False).input_ids

@@ -40,8 +40,8 @@ import torch
 from tqdm import tqdm  # comes with transformers
 
 from common import (answer_ids, chat_ids, collate, cut_pair, generate, init_distributed, keyed_rng, load_gvm,
-                    load_plug, load_policy, load_reward_model, load_tokenizer, parse_args, reward_scores,
-                    stage_folder, tokenizer_fingerprint)
+                    load_plug, load_policy, load_reward_model, load_tokenizer, parse_args,
+                    responses_that_fit, reward_scores, stage_folder, tokenizer_fingerprint)
 from data import BadInput, has_policy_names, preference_pair, prompt_text, read_data, read_rows, split_of
 
 
@@ -182,10 +182,7 @@ def read_held_out(source, gvm, args):
                 pool[row["policy"]].append(row)
         if share != "test":
             continue
-        room = limit - len(chat_ids(gvm.tokenizer, record["prompt"]))
-        for row in record["responses"]:
-            row["response_ids"] = answer_ids(gvm.tokenizer, row["response"])
-        fitting = [row for row in record["responses"] if len(row["response_ids"]) <= room]
+        _, fitting = responses_that_fit(record, gvm.tokenizer, limit)
         rows += fitting
         left_out[f"responses over {limit} tokens with prompt"] += len(record["responses"]) - len(fitting)
         pair = preference_pair(record, args.split_seed, fitting)

@@ -36,11 +36,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import (MetricLog, all_sum, answer_ids, chat_ids, collate, cut_pair, ds_config, dtype_of,
+from common import (MetricLog, all_sum, chat_ids, collate, cut_pair, ds_config, dtype_of,
                     epoch_rows, gather_rows, init_distributed, keyed_rng, load_reward_model, load_tokenizer,
                     load_value_base, lora_targets, output_folder, parse_args, peak_memory_gb, print0,
-                    reward_scores, save_model, seed_everything, set_lr, split_batch, stage_folder, td_loss,
-                    tokenizer_fingerprint)
+                    responses_that_fit, reward_scores, save_model, seed_everything, set_lr, split_batch,
+                    stage_folder, td_loss, tokenizer_fingerprint)
 from data import BadInput, has_policy_names, preference_pair, prompt_text, read_data, report_drops, split_of
 
 
@@ -143,9 +143,7 @@ def trajectories(records, tokenizer, args):
         share = split_of(prompt_text(record["prompt"]), args.split_seed)
         if share not in ("value", "test"):
             continue
-        prompt_ids = chat_ids(tokenizer, record["prompt"])
-        room = args.max_length - len(prompt_ids)
-        fitting = [r for r in record["responses"] if len(answer_ids(tokenizer, r["text"])) <= room]
+        prompt_ids, fitting = responses_that_fit(record, tokenizer, args.max_length)
         dropped[f"prompt + response over --max_length {args.max_length}"] += (len(record["responses"])
                                                                               - len(fitting))
         pair = preference_pair(record, args.split_seed, fitting)
@@ -160,7 +158,7 @@ def trajectories(records, tokenizer, args):
             continue
         rows = [{"prompt": record["prompt"], "group": record["group"], "policy": response["policy"],
                  "reward": reward, "text": response["text"], "prompt_ids": prompt_ids,
-                 "response_ids": answer_ids(tokenizer, response["text"])} for response, reward in chosen]
+                 "response_ids": response["response_ids"]} for response, reward in chosen]
         kept += len(rows)
         if share == "value":
             train += rows

@@ -457,14 +457,14 @@ def main(args):
     tokenizer = load_tokenizer(sft, "--sft_model")
     folder = stage_folder(args.model, "rm", args.reward_model, "--reward_model",
                           f"train_rm.py --model {args.model}")
-    reward_model, *of_its_own = load_reward_model(folder, dtype_of(config))
+    rm, rm_tokenizer, center, scale = load_reward_model(folder, dtype_of(config))
     critic = load_critic(args.critic_model or folder, tokenizer, dtype_of(config))
-    for flag, model in (("--reward_model", reward_model), ("--critic_model", critic)):
+    for flag, model in (("--reward_model", rm), ("--critic_model", critic)):
         context = getattr(model.config, "max_position_embeddings", 10**9)
         if args.max_prompt_length + args.response_length > context:
             raise BadInput(f"{flag}: its context of {context} tokens is shorter than --max_prompt_length "
                            f"{args.max_prompt_length} + --response_length {args.response_length}.")
-    reward_model = freeze(reward_model, config, device), *of_its_own
+    reward_model = freeze(rm, config, device), rm_tokenizer, center, scale
     reward = lambda rows: model_scores(reward_model, rows, tokenizer, args, device)
     out = output_folder(args, "ppo")
     train, test = rl_prompts(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)

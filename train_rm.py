@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from common import (MetricLog, all_sum, answer_ids, chat_ids, disable_dropout, ds_config, dtype_of,
-                    epoch_rows, gather_rows, init_distributed, last_token_scores, load_tokenizer,
-                    lora_targets, output_folder, parse_args, peak_memory_gb, pretrained, print0, save_model,
+from common import (MetricLog, all_sum, disable_dropout, ds_config, dtype_of, epoch_rows, gather_rows,
+                    init_distributed, last_token_scores, load_tokenizer, lora_targets, output_folder,
+                    parse_args, peak_memory_gb, pretrained, print0, responses_that_fit, save_model,
                     seed_everything, set_lr, split_batch, stage_folder, tokenizer_fingerprint)
 from data import BadInput, preference_pair, prompt_text, read_data, report_drops, split_of
 
@@ -92,12 +92,10 @@ def preference_rows(records, tokenizer, args):
         share = split_of(prompt_text(record["prompt"]), args.split_seed)
         if share not in ("value", "test"):
             continue
-        prompt_ids = chat_ids(tokenizer, record["prompt"])
-        room = args.max_length - len(prompt_ids)
-        fitting = [r for r in record["responses"] if len(answer_ids(tokenizer, r["text"])) <= room]
+        prompt_ids, fitting = responses_that_fit(record, tokenizer, args.max_length)
         pair = preference_pair(record, args.split_seed, fitting)
         if pair:
-            row = (prompt_ids, *(answer_ids(tokenizer, response["text"]) for response in pair))
+            row = (prompt_ids, *(response["response_ids"] for response in pair))
             (train if share == "value" else test).append(row)
         elif len(fitting) < 2:
             dropped[f"no two responses within --max_length {args.max_length} with the prompt"] += 1
@@ -193,12 +191,12 @@ def main(args):
                "grad_norm": float(engine.get_global_grad_norm() or 0.0),
                "timing/step_total": time.time() - started, "memory/peak_gb": peak_memory_gb(device)}
         if test and (step + 1 == steps or (step + 1) % args.eval_every == 0):
-            row.update(held_out(engine, test, tokenizer, args, rank, world, device)[0])
+            ranking, scores = held_out(engine, test, tokenizer, args, rank, world, device)
+            row.update(ranking)
         log.write(step, row)
 
-    # Where too few pairs are held out, pairs of the training share give the scale
-    sample = test if len(test) >= 16 else train[:max(200, world)]
-    _, scores = held_out(engine, sample, tokenizer, args, rank, world, device)
+    if len(test) < 16:  # too few to give the scale; else their scores of the last step do
+        _, scores = held_out(engine, train[:max(200, world)], tokenizer, args, rank, world, device)
     center, scale = float(scores.mean()), float(2 * scores.std() + 1e-8)
     save_model(engine, tokenizer, out, extra={"rm.json": {
         "base_model": str(Path(sft).resolve()) if Path(sft).exists() else sft, "center": center,
