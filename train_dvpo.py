@@ -1,8 +1,11 @@
 """Decoupled Value Policy Optimization (DVPO): PPO without a reward model and without a critic in the loop.
 
-The advantage of a token is what the frozen global value model (GVM) says of it, normalized over the batch.
-    Eq. 2   A_t = (Q_t - mu) / (sigma + eps)         over response tokens, all ranks
-            Q_t = Q(tau, s_t, a_t) - beta KL_t
+The frozen global value model (GVM) says what every token of an answer is worth; what a token added to that,
+accumulated by GAE and normalized over the batch, is its advantage.
+    Q_t = Q(tau, s_t, a_t) of the GVM, Q_0 = V(s_1)
+    gae     A_t = N( sum_l lambda^l (Q_(t+l) - Q_(t+l-1) - beta KL_(t+l)) )         the default here
+    q       A_t = N( Q_t - beta KL_t )                                              Eq. 2, the paper
+    N(x) = (x - mu) / (sigma + eps)   over response tokens, all ranks
     Eq. 3   L = -mean min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)
             rho_t = pi(a_t | s_t) / pi_old(a_t | s_t)
 Why no terminal score: Q already estimates the return-to-go of every token, the reward at the end included.
@@ -12,7 +15,8 @@ Departures:
 D1  The KL penalty is folded into Q before the normalization, so that beta is in units of reward in every
     variant.
 D2  tau is drawn anew each step from the policy's previous rollouts, one draw for all rows and ranks.
-D3  --advantage gae and released (the authors' code) are offered beside the paper's q.
+D3  --advantage gae is the default: on the same GVM it ended above the paper's q in every seed, at no more KL
+    (results/README.md, a). `released` is the advantage of the authors' code.
 D4  The paper's "target KL 0.1" is read as the early stop on KL(old, new) per token; the controller has its
     own target.
 
@@ -64,7 +68,7 @@ class Args:
     temperature: float = 1.0  # of the sampler and of every log-prob
     missing_eos_penalty: float = 0.0  # taken off the last token of a truncated answer [reward]
     # algorithm
-    advantage: Literal["q", "gae", "released"] = "q"  # the paper's, GAE on the same values, the authors' code
+    advantage: Literal["gae", "q", "released"] = "gae"  # GAE on the values, the paper's, the authors' code
     gae_lam: float = 0.95  # lambda of --advantage gae and released
     cliprange: float = 0.2  # epsilon of Eq. 3
     ppo_epochs: int = 4  # passes over each rollout batch
@@ -104,21 +108,21 @@ def gae(delta, mask, lam):
 
 
 def advantages(kind, values, penalty, mask, lam):
-    """What each token was worth, normalized over the batch of all ranks (Eq. 2).
+    """What each token was worth, normalized over the batch of all ranks.
 
-    q         N(Q_t - penalty_t)                     the paper
     gae       N(GAE(Q_t - Q_{t-1} - penalty_t))      Q_0 = V(s_1); the last token keeps its value:
                                                      Q_T is the return
+    q         N(Q_t - penalty_t)                     the paper's Eq. 2
     released  N(GAE(V_{t+1} - V_t - penalty_t))      the authors' code; V = N(values before the action),
                                                      V_{T+1} = 0
     values:  [B, 1 + R] of the frozen GVM: slot 0 = V(s_1), slot 1 + t = Q(tau, s_t, a_t), units of reward
     penalty: [B, R] beta KL_t and what a missing EOS costs;  mask: [B, R] bool
     returns  ([B, R] unitless, zero where mask is 0,  mean and standard deviation before the normalization)
     """
-    if kind == "q":
-        raw = values[:, 1:] - penalty
-    elif kind == "gae":
+    if kind == "gae":
         raw = gae(values[:, 1:] - values[:, :-1] - penalty, mask, lam)
+    elif kind == "q":
+        raw = values[:, 1:] - penalty
     else:
         # V(s_t) of each token, zero past the end and so without a bootstrap behind the last one
         v, _, _ = batch_normalize(values[:, :-1], mask)

@@ -345,7 +345,8 @@ def conditioning(grid, seeds):
 
 
 def normalization(grid, seeds):
-    settings = {"batch, KL inside (default)": ([], None), "per sequence, KL inside": ([], "norm_sequence"),
+    """Of the paper's advantage, --advantage q."""
+    settings = {"batch, KL inside (the script)": ([], None), "per sequence, KL inside": ([], "norm_sequence"),
                 "batch and prompt, KL inside": ([], "norm_prompt"),
                 "batch, KL outside, beta 0.2": ([], "kl_outside"),
                 "batch, KL outside, beta 1": (["--kl_coef", 1.0], "kl_outside")}
@@ -353,8 +354,7 @@ def normalization(grid, seeds):
     for seed in seeds[:3]:
         for label, (flags, patch) in settings.items():
             folder = f"normalization/{patch}{''.join(map(str, flags))}" if patch else "advantage/GVM_q"
-            kind = flags if patch else ["--advantage", "q"]
-            runs.setdefault(label, []).append(grid.dvpo(folder, seed, base(seed), *kind,
+            runs.setdefault(label, []).append(grid.dvpo(folder, seed, base(seed), *flags, "--advantage", "q",
                                                         values=grid.gvm(base(seed)), patch=patch))
     grid.execute()
     save_table("normalization", {name: over_seeds(found) for name, found in runs.items()},
