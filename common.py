@@ -9,6 +9,7 @@ V vocabulary.
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -26,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser,
                           LogitsProcessor, LogitsProcessorList)
@@ -164,6 +166,11 @@ def stage_folder(model, stage, override, flag, command):
     return str(folder)
 
 
+def model_place(path):
+    """How a folder records another model: the absolute path of a folder, a hub id as it is."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
 def load_plug(spec, flag):
     """`module:function` -> the function. How values (--value_fn) and truth
     (--truth_fn) of your own come in."""
@@ -298,19 +305,70 @@ def load_policy(path, tokenizer, dtype, flag="--model"):
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id,
                                                bos_token_id=tokenizer.bos_token_id,
                                                pad_token_id=tokenizer.pad_token_id)
-    return disable_dropout(model)
+    return with_logprobs(disable_dropout(model))
 
 
-def load_value_base(path, dtype, flag="--sft_model"):
+def with_logprobs(lm):
+    """Teach a causal LM's forward a second form, so that no [B, T, V] logits are ever held: at a vocabulary
+    of 128 thousand they would be the largest tensor of a step.
+
+    lm(input_ids=, attention_mask=, position_ids=, answers=[B, R] bool, temperature=, chunks=)
+    returns (log pi of the last R tokens, entropy), [B, R] float32, 0 where `answers` is False; no entropy, None,
+            while gradients are recorded: nothing asks for it there
+
+    Logits are made for answer tokens only, in `chunks` parts, float32 inside a part, and made again in the
+    backward pass. `chunks` is the caller's because under ZeRO-3 every rank must ask for the head equally often.
+    """
+    plain, config = lm.forward, lm.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+
+    def logprobs(hidden, targets, temperature):
+        """[N, H], [N] -> [N], [N] or None"""
+        logits = lm.get_output_embeddings()(hidden).float() * scale
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        logp = torch.log_softmax(logits / temperature, dim=-1)                           # [N, V]
+        entropy = None if torch.is_grad_enabled() else -(logp.exp() * logp).sum(-1)
+        return logp.gather(-1, targets[:, None])[:, 0], entropy
+
+    @functools.wraps(plain)  # generate() reads the signature
+    def forward(*args, answers=None, temperature=1.0, chunks=1, **inputs):
+        if answers is None:
+            return plain(*args, **inputs)
+        R = answers.shape[1]
+        hidden = lm.base_model(**inputs).last_hidden_state
+        hidden, targets = hidden[:, -R - 1:-1][answers], inputs["input_ids"][:, -R:][answers]   # [N, H], [N]
+        parts = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks))
+        if torch.is_grad_enabled():
+            parts = [checkpoint(logprobs, *part, temperature, use_reentrant=False) for part in parts]
+        else:
+            parts = [logprobs(*part, temperature) for part in parts]
+        logp, entropy = (None if x[0] is None else hidden.new_zeros(answers.shape, dtype=torch.float32)
+                         .masked_scatter(answers, torch.cat(x)) for x in zip(*parts))
+        return logp, entropy
+
+    lm.forward = forward
+    return lm
+
+
+def load_value_base(path, dtype, flag="--sft_model", lm=None):
     """The backbone of `path` with a new one-label head on every token.
 
     The head's own dropout defaults to 0.1 in transformers and can only be turned off through the
     config. The head starts small and random: from a zero head LoRA gets no gradient at first, and in
     our trials it never recovered.
+
+    lm: a causal LM of the same weights, whose backbone is taken in place of a second copy
     """
     config = pretrained(AutoConfig, path, flag, num_labels=1)
     config.classifier_dropout = 0.0
-    model = pretrained(AutoModelForTokenClassification, path, flag, config=config, dtype=dtype)
+    if lm is None:
+        return disable_dropout(pretrained(AutoModelForTokenClassification, path, flag, config=config,
+                                          dtype=dtype))
+    with torch.device("meta"):  # takes no memory
+        model = AutoModelForTokenClassification.from_config(config, dtype=dtype)
+    value_head(model).to_empty(device=lm.device).reset_parameters()
+    setattr(model, model.base_model_prefix, lm.base_model)
     return disable_dropout(model)
 
 
@@ -329,17 +387,68 @@ def check_head(folder, flag):
                            f"again.")
 
 
-def load_gvm(folder, dtype, flag="--value_model"):
-    """Global value model written by train_gvm.py: base + adapter + head, and the settings in its gvm.json."""
-    from peft import PeftModel
+def gvm_settings(folder, flag="--value_model"):
+    """gvm.json of a folder that train_gvm.py wrote: base model, K, tau's budget, tokenizer, template."""
     folder = Path(folder)
     try:
         settings = json.loads((folder / "gvm.json").read_text())
         check_head(folder, flag)
     except (OSError, ValueError) as e:
         raise BadInput(f"{flag} {folder}: not a folder that train_gvm.py wrote ({e}).") from None
-    base = load_value_base(settings["base_model"], dtype, flag=f"base model of {flag} {folder}:")
+    return settings
+
+
+def load_gvm(folder, dtype, flag="--value_model", lm=None):
+    """Global value model written by train_gvm.py: base + adapter + head, and its settings.
+    lm: as in load_value_base."""
+    from peft import PeftModel
+    settings = gvm_settings(folder, flag)
+    base = load_value_base(settings["base_model"], dtype, f"base model of {flag} {folder}:", lm)
     return disable_dropout(PeftModel.from_pretrained(base, folder)), settings
+
+
+class OneBase(torch.nn.Module):
+    """Reference, and policy and GVM where they are LoRA on its weights, in one copy of these frozen weights.
+
+    model(role="reference", ...)  no adapter, LM head
+    model(role="policy", ...)     its own LoRA adapter on, LM head; only with `lora`
+    model(role="gvm", ...)        the GVM's adapter on, value head; only with `gvm`
+
+    lm: causal LM;  gvm: what load_gvm(..., lm=lm) returned;  lora: peft config of a policy that is trained
+    """
+
+    def __init__(self, lm, gvm=None, lora=None):
+        super().__init__()
+        from peft import PeftModel, get_peft_model
+        from peft.tuners.lora import LoraLayer
+        lm.requires_grad_(False)
+        self.adapters = lm
+        if gvm is not None:
+            self.adapters, self.lm_head = gvm.requires_grad_(False), lm.get_output_embeddings()
+            if lora is not None:  # the base class's way: a token classifier would add a second value head
+                PeftModel.add_adapter(gvm, "policy", lora, autocast_adapter_dtype=False)
+        elif lora is not None:
+            self.adapters = get_peft_model(lm, lora, "policy", autocast_adapter_dtype=False)
+        # Not registered: its parts are, each on one path, because DeepSpeed hooks a module once a path
+        object.__setattr__(self, "lm", lm)
+        self.config, self.lora = lm.config, [m for m in self.adapters.modules() if isinstance(m, LoraLayer)]
+        self.home = "policy" if lora else "reference"
+        self.use(self.home)
+
+    def use(self, role):
+        for layer in self.lora:
+            layer.enable_adapters(role != "reference")
+            if role != "reference":  # "default" is how peft calls the adapter of a folder
+                layer.set_adapter("default" if role == "gvm" else role, inference_mode=role == "gvm")
+
+    def forward(self, role="policy", **inputs):
+        self.use(role)
+        output = (self.adapters if role == "gvm" else self.lm)(**inputs)
+        self.use(self.home)  # peft's switch turns requires_grad with it
+        return output
+
+    def generate(self, *args, **kwargs):
+        return self.lm.generate(*args, **kwargs)
 
 
 def load_reward_model(folder, dtype, flag="--reward_model"):
@@ -495,6 +604,21 @@ def collate(prompts, responses, pad_id, device="cpu"):
     return Batch(ids.to(device), attention.to(device), positions.to(device), mask.to(device), P)
 
 
+def micro_batches(batch, rows, size):
+    """Deals rows of a batch into micro batches of `size`, rows of like length together, and cuts off the
+    columns in which all of them are padding.
+
+    yields (row numbers, Batch); their number depends on len(rows) alone, as ZeRO-3 needs it
+    """
+    length = batch.attention.sum(1).tolist()
+    rows = sorted(rows, key=lambda i: length[i])
+    for i in range(0, len(rows), size):
+        part = rows[i:i + size]
+        P, R = (int(x[part].any(0).sum()) for x in (batch.attention[:, :batch.P], batch.mask))
+        columns = slice(batch.P - P, batch.P + R)
+        yield part, Batch(*(x[part, columns] for x in batch[:3]), batch.mask[part, :R], P)
+
+
 # ---- generation --------------------------------------------------------------------------------------------
 
 class GumbelNoise(LogitsProcessor):
@@ -635,10 +759,13 @@ def save_model(engine, tokenizer, out, base=None, extra=None):
         state = {k: v.cpu() for k, v in (state or module.state_dict()).items()}
         if base is not None:  # merged in a fresh copy, because the weights of the run may be sharded
             from peft import PeftModel
-            module.save_pretrained(saving / "adapter", state_dict=state)
+            getattr(module, "adapters", module).save_pretrained(
+                saving / "adapter", selected_adapters=["policy"],
+                state_dict={name.removeprefix("adapters."): x for name, x in state.items()})
             model = pretrained(AutoModelForCausalLM, base, dtype=next(iter(state.values())).dtype)
-            module = PeftModel.from_pretrained(model, saving / "adapter").merge_and_unload()
-            module.generation_config, state = engine.module.generation_config, module.state_dict()
+            module = PeftModel.from_pretrained(model, saving / "adapter/policy").merge_and_unload()
+            trained = getattr(engine.module, "lm", engine.module)
+            module.generation_config, state = trained.generation_config, module.state_dict()
             shutil.rmtree(saving / "adapter")
         if hasattr(module, "peft_config"):
             for adapter in module.peft_config.values():  # a relative path would fail from another folder

@@ -419,6 +419,16 @@ def preference_pair(record, seed, responses=None):
     return chosen, lower[int(fraction_of(key) * len(lower))]
 
 
+def all_pairs(record, responses):
+    """Every (chosen, rejected) of unequal scores among a record's responses, as InstructGPT takes them; of a
+    record that is a pair, that one."""
+    if record["shape"] in ("binarized", "pairs"):
+        pair = preference_pair(record, 0, responses)
+        return [pair] if pair else []
+    scored = [response for response in responses if response["score"] is not None]
+    return [(a, b) for a in scored for b in scored if a["score"] > b["score"]]
+
+
 def has_policy_names(records):
     """True if every response names the policy that wrote it, as tau (K > 0) needs."""
     return all(response["policy"] is not None for record in records for response in record["responses"])

@@ -151,7 +151,7 @@ def main(args):
                                                  lora_alpha=args.lora_alpha,
                                                  lora_dropout=args.lora_dropout,
                                                  target_modules=lora_targets(model)),
-                               autocast_adapter_dtype=False)
+                               "policy", autocast_adapter_dtype=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
                                   weight_decay=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

@@ -29,7 +29,10 @@ writes  runs/<model name>/dvpo: the policy, tokenizer, args.json, metrics.jsonl,
 Legend: B rows, P prompt slots (left padded), R response slots (right padded), T = P + R, V vocabulary.
 """
 
+import copy
+import functools
 import json
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -38,12 +41,13 @@ from typing import Literal
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
-from common import (Batch, MetricLog, all_sum, batch_normalize, chat_ids, collate, cut_pair, ds_config,
-                    dtype_of, epoch_rows, freeze, gather_rows, generate, init_distributed, keyed_rng,
-                    load_gvm, load_plug, load_policy, load_tokenizer, lora_targets, output_folder,
-                    parse_args, peak_memory_gb, print0, save_model, seed_everything, set_lr, stage_folder,
-                    tokenizer_fingerprint)
+from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, collate, cut_pair, ds_config,
+                    dtype_of, epoch_rows, freeze, gather_rows, generate, gvm_settings, init_distributed,
+                    keyed_rng, load_gvm, load_plug, load_policy, load_tokenizer, lora_targets, micro_batches,
+                    model_place, output_folder, parse_args, peak_memory_gb, print0, save_model,
+                    seed_everything, set_lr, stage_folder, tokenizer_fingerprint)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
 
@@ -166,19 +170,32 @@ def next_kl_coef(beta, kl, target, horizon, episodes):
 # Q(tau, s_t, a_t)        read at P + t            slice [:, P   : T  ]   (after the action; tau in front)
 # mask                    1   1   1   1   0        EOS is an action and is trained; nothing after it is
 
-def response_logprobs(model, batch, temperature):
-    """log pi(a_t | s_t) and the entropy at each response token, [B, R] float32 each, at
-    the sampler's temperature."""
-    logits = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
-                   logits_to_keep=batch.mask.shape[1] + 1, use_cache=False).logits      # positions P-1 .. T-1
-    logp = torch.log_softmax(logits[:, :-1].float() / temperature, dim=-1)              # [B, R, V]
-    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-    return logp.gather(-1, batch.ids[:, batch.P:, None]).squeeze(-1), entropy
+def response_logprobs(model, batch, args):
+    """log pi(a_t | s_t) and the entropy at each response token, [B, R] float32 each, at the sampler's
+    temperature; the logits at P-1 .. T-2 are made about 1,024 tokens at a time, see common.with_logprobs."""
+    return model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
+                 answers=batch.mask, temperature=args.temperature, use_cache=False,
+                 chunks=-(-len(batch.ids) * args.response_length // 1024))
 
 
-def response_values(gvm, batch):
-    """[B, 1 + R] float32: slot 0 = V(s_1) at the last prompt token, slot 1 + t = Q(tau, s_t, a_t)."""
-    logits = gvm(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions).logits
+def read_prefix(gvm, ids, device):
+    """Keys and values of tokens with which every row begins."""
+    cache = DynamicCache()
+    gvm(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
+    return cache
+
+
+def response_values(gvm, batch, shared=None):
+    """[B, 1 + R] float32: slot 0 = V(s_1) at the last prompt token, slot 1 + t = Q(tau, s_t, a_t).
+    shared: what read_prefix made of the tokens in front of the batch's own"""
+    attention, positions = batch.attention, batch.positions
+    if shared is not None:
+        n, shared = shared.get_seq_length(), copy.deepcopy(shared)  # a forward pass appends to it
+        shared.batch_repeat_interleave(len(batch.ids))
+        attention = torch.cat([attention.new_ones(len(attention), n), attention], dim=1)
+        positions = positions + n
+    logits = gvm(input_ids=batch.ids, attention_mask=attention, position_ids=positions,
+                 past_key_values=shared, use_cache=shared is not None).logits
     return logits[:, batch.P - 1:, 0].float()
 
 
@@ -225,29 +242,34 @@ def score(policy, reference, value, rows, tau, tokenizer, args, device):
     """
     batch = collate([row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows],
                     tokenizer.pad_token_id, device)
-    old, ref, entropy = [], [], []
-    for i in range(0, len(rows), args.micro_batch):
-        part = Batch(*(x[i:i + args.micro_batch] for x in batch[:4]), P=batch.P)
-        logp, h = response_logprobs(policy, part, args.temperature)
-        old.append(logp)
-        entropy.append(h)
-        ref.append(response_logprobs(reference, part, args.temperature)[0])
+    old, ref, entropy = torch.zeros(3, *batch.mask.shape, device=device)
+    for micro, part in micro_batches(batch, range(len(rows)), args.micro_batch):
+        R = part.mask.shape[1]
+        old[micro, :R], entropy[micro, :R] = response_logprobs(policy, part, args)
+        ref[micro, :R], _ = response_logprobs(reference, part, args)
     values = torch.zeros(len(rows), 1 + batch.mask.shape[1], device=device)
     for i, v in enumerate(value(policy, rows, tau)):
         values[i, :len(v)] = torch.as_tensor(v, device=device)
-    return batch, torch.cat(old), torch.cat(ref), values, torch.cat(entropy)
+    return batch, old, ref, values, entropy
 
 
+@torch.no_grad()
 def gvm_values(gvm, rows, tau, tokenizer, args, device):
-    """The frozen GVM's values, with tau in front of each prompt. One list of 1 +
-    len(response) floats a row."""
-    result = []
-    for i in range(0, len(rows), args.micro_batch):
-        part = rows[i:i + args.micro_batch]
-        batch = collate([chat_ids(tokenizer, row["prompt"], tau) for row in part],
-                        [row["response_ids"] for row in part], tokenizer.pad_token_id, device)
-        q = response_values(gvm, batch)
-        result += [v[:1 + len(row["response_ids"])].tolist() for v, row in zip(q, part)]
+    """The frozen GVM's values, with tau in front of each prompt. One list of 1 + len(response) floats a row.
+
+    All rows begin with the same tau: its keys and values are computed once and copied into each micro batch.
+    """
+    prompts = [chat_ids(tokenizer, row["prompt"], tau) for row in rows]
+    shared, n = None, 0
+    if tau:
+        n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)  # the last token stays a row's own
+        shared = read_prefix(gvm, prompts[0][:max(n, 1)], device)
+    batch = collate([ids[n:] for ids in prompts], [row["response_ids"] for row in rows],
+                    tokenizer.pad_token_id, device)
+    result = [None] * len(rows)
+    for micro, part in micro_batches(batch, range(len(rows)), args.micro_batch):
+        for i, q in zip(micro, response_values(gvm, part, shared if n else None).tolist()):
+            result[i] = q[:1 + len(rows[i]["response_ids"])]
     return result
 
 
@@ -266,15 +288,16 @@ def update(engine, batch, old_logp, advantage, step, args, device):
         for rows in np.split(order, len(order) // (args.micro_batch * args.accum_steps)):
             n, = all_sum(batch.mask[rows].sum(), device=device)  # response tokens of the optimizer batch
             sums = torch.zeros(5)
-            for micro in np.split(rows, args.accum_steps):
-                part = Batch(*(x[micro] for x in batch[:4]), P=batch.P)
-                logp, _ = response_logprobs(engine, part, args.temperature)
-                loss, stats = policy_loss(logp, old_logp[micro], advantage[micro], part.mask, args.cliprange)
+            for micro, part in micro_batches(batch, rows, args.micro_batch):
+                R = part.mask.shape[1]
+                logp, _ = response_logprobs(engine, part, args)
+                loss, stats = policy_loss(logp, old_logp[micro, :R], advantage[micro, :R], part.mask,
+                                          args.cliprange)
                 # DeepSpeed averages gradients over ranks: a token mean is sum * ranks / tokens of all ranks
                 engine.backward(loss * world / n)
                 sums += torch.cat([stats, loss.detach()[None]]).cpu()
                 if first_ratio is None:
-                    first_ratio = ((logp.detach() - old_logp[micro]) * part.mask).expm1().abs().max().item()
+                    first_ratio = ((logp.detach() - old_logp[micro, :R]) * part.mask).expm1().abs().max().item()
             set_lr(engine, args.lr)
             engine.step()
             sums = torch.tensor(all_sum(*sums.tolist(), device=device))
@@ -429,12 +452,11 @@ def main(args):
     else:
         folder = stage_folder(args.model, "gvm", args.value_model, "--value_model",
                               f"train_gvm.py --model {args.model}")
-        gvm, settings = load_gvm(folder, dtype_of(config))
+        settings = gvm_settings(folder)
         if settings["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
             raise BadInput(f"--value_model {folder}: it was trained with another tokenizer than {sft} has; "
                            f"train a GVM on this SFT model.")
-        tokenizer.chat_template = settings["chat_template"]
-        gvm, k = freeze(gvm, config, device), settings["k"]
+        tokenizer.chat_template, k = settings["chat_template"], settings["k"]
         value = lambda policy, rows, tau: gvm_values(gvm, rows, tau, tokenizer, args, device)
     out = output_folder(args, "dvpo")
     train, test = rl_prompts(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
@@ -445,16 +467,23 @@ def main(args):
         raise BadInput(f"--max_prompt_length {args.max_prompt_length} + --response_length "
                        f"{args.response_length} exceed the model's context of "
                        f"{policy.config.max_position_embeddings} tokens: lower one.")
+    # The reference's weights are in memory once: a GVM that is LoRA on them, and a LoRA policy, use the same
+    lora, on_sft = None, not args.value_fn and settings["base_model"] == model_place(sft)
     if args.lora_r:
-        from peft import LoraConfig, get_peft_model
-        policy = get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", r=args.lora_r,
-                                                   lora_alpha=args.lora_alpha,
-                                                   target_modules=lora_targets(policy)),
-                                autocast_adapter_dtype=False)
+        from peft import LoraConfig
+        lora = LoraConfig(task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha,
+                          target_modules=lora_targets(policy))
+    base = policy if lora else load_policy(sft, tokenizer, dtype_of(config), "--sft_model")
+    gvm = None if args.value_fn else load_gvm(folder, dtype_of(config), lm=base if on_sft else None)[0]
+    frozen = OneBase(base, gvm if on_sft else None, lora)
+    policy = frozen if lora else policy
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=args.lr,
                                   weight_decay=0.0)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
-    reference = freeze(load_policy(sft, tokenizer, dtype_of(config), "--sft_model"), config, device)
+    frozen = engine if lora else freeze(frozen, config, device)
+    reference = functools.partial(frozen, role="reference")
+    if gvm is not None:
+        gvm = functools.partial(frozen, role="gvm") if on_sft else freeze(gvm, config, device)
 
     log = MetricLog(out, show=["objective/true_reward", "objective/kl", "objective/kl_coef", "gvm/mean",
                                "completions/mean_length", "policy/clipfrac_avg", "timing/step_total"],

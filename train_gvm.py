@@ -30,17 +30,16 @@ import math
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-from common import (MetricLog, all_sum, chat_ids, collate, cut_pair, ds_config, dtype_of,
-                    epoch_rows, gather_rows, init_distributed, keyed_rng, load_reward_model, load_tokenizer,
-                    load_value_base, lora_targets, output_folder, parse_args, peak_memory_gb, print0,
-                    responses_that_fit, reward_scores, save_model, seed_everything, set_lr, split_batch,
-                    stage_folder, td_loss, tokenizer_fingerprint)
+from common import (MetricLog, all_sum, chat_ids, collate, cut_pair, ds_config, dtype_of, epoch_rows,
+                    gather_rows, init_distributed, keyed_rng, load_reward_model, load_tokenizer,
+                    load_value_base, lora_targets, model_place, output_folder, parse_args, peak_memory_gb,
+                    print0, responses_that_fit, reward_scores, save_model, seed_everything, set_lr,
+                    split_batch, stage_folder, td_loss, tokenizer_fingerprint)
 from data import BadInput, has_policy_names, preference_pair, prompt_text, read_data, report_drops, split_of
 
 
@@ -368,7 +367,7 @@ def main(args):
     shortened, = all_sum(tau_source.shortened, device=device)
     print0(f"tau: left-out pairs in {shortened:.0f} of {steps * args.batch_size} rows drawn")
     save_model(engine, tokenizer, out, extra={"gvm.json": {
-        "base_model": str(Path(sft).resolve()) if Path(sft).exists() else sft, "k": args.k,
+        "base_model": model_place(sft), "k": args.k,
         "tau_format": "earlier turns of the same chat", "tau_question_tokens": args.tau_question_tokens,
         "tau_answer_tokens": args.tau_answer_tokens, "max_length": args.max_length, "context": context,
         "gamma": args.gamma, "lam": args.lam, "chat_template": tokenizer.chat_template,

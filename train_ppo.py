@@ -28,6 +28,7 @@ writes  runs/<model name>/ppo: the policy, tokenizer, args.json, metrics.jsonl, 
 Legend: B rows, P prompt slots (left padded), R response slots (right padded), T = P + R, V vocabulary.
 """
 
+import functools
 import json
 import time
 from collections import Counter
@@ -38,12 +39,12 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForTokenClassification
 
-from common import (Batch, MetricLog, all_sum, batch_normalize, chat_ids, collate, disable_dropout, ds_config,
-                    dtype_of, epoch_rows, freeze, gather_rows, generate, init_distributed, keyed_rng,
-                    load_gvm, load_plug, load_policy, load_reward_model, load_tokenizer, load_value_base,
-                    lora_targets, output_folder, parse_args, peak_memory_gb, pretrained, print0,
-                    reward_scores, save_model, seed_everything, set_lr, stage_folder, tokenizer_fingerprint,
-                    value_head)
+from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, collate, disable_dropout,
+                    ds_config, dtype_of, epoch_rows, freeze, gather_rows, generate, init_distributed,
+                    keyed_rng, load_gvm, load_plug, load_policy, load_reward_model, load_tokenizer,
+                    load_value_base, lora_targets, micro_batches, output_folder, parse_args, peak_memory_gb,
+                    pretrained, print0, reward_scores, save_model, seed_everything, set_lr, stage_folder,
+                    tokenizer_fingerprint, value_head)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
 
@@ -53,6 +54,7 @@ class Args:
     model: str = "toy"  # Hugging Face id or folder; names the run folder
     sft_model: str = ""  # policy and reference, default runs/<model name>/sft
     reward_model: str = ""  # any causal one-label sequence classifier, default runs/<model name>/rm
+    reward_fn: str = ""  # module:function giving rewards in place of the model, e.g. toy.exact:sampled_reward
     critic_model: str = ""  # where the critic starts: a reward model (default: that one), GVM or SFT folder
     truth_fn: str = ""  # module:function giving a true reward that is logged and used by nothing
     lora_r: int = 0  # LoRA rank of policy and critic, merged at the end; 0 trains every weight
@@ -178,14 +180,12 @@ def next_kl_coef(beta, kl, target, horizon, episodes):
 # score                   read at the last token   EOS, or the last one that was sampled
 # mask                    1   1   1   1   0        EOS is an action and is trained; nothing after it is
 
-def response_logprobs(model, batch, temperature):
-    """log pi(a_t | s_t) and the entropy at each response token, [B, R] float32 each, at
-    the sampler's temperature."""
-    logits = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
-                   logits_to_keep=batch.mask.shape[1] + 1, use_cache=False).logits      # positions P-1 .. T-1
-    logp = torch.log_softmax(logits[:, :-1].float() / temperature, dim=-1)              # [B, R, V]
-    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-    return logp.gather(-1, batch.ids[:, batch.P:, None]).squeeze(-1), entropy
+def response_logprobs(model, batch, args):
+    """log pi(a_t | s_t) and the entropy at each response token, [B, R] float32 each, at the sampler's
+    temperature; the logits at P-1 .. T-2 are made about 1,024 tokens at a time, see common.with_logprobs."""
+    return model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
+                 answers=batch.mask, temperature=args.temperature, use_cache=False,
+                 chunks=-(-len(batch.ids) * args.response_length // 1024))
 
 
 def response_values(critic, batch):
@@ -218,16 +218,13 @@ def score(policy, reference, critic, reward, rows, tokenizer, args, device):
     """
     batch = collate([row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows],
                     tokenizer.pad_token_id, device)
-    old, ref, values, entropy = [], [], [], []
-    for i in range(0, len(rows), args.micro_batch):
-        part = Batch(*(x[i:i + args.micro_batch] for x in batch[:4]), P=batch.P)
-        logp, h = response_logprobs(policy, part, args.temperature)
-        old.append(logp)
-        entropy.append(h)
-        ref.append(response_logprobs(reference, part, args.temperature)[0])
-        values.append(response_values(critic, part))
-    scores = torch.tensor(reward(rows), device=device)
-    return batch, torch.cat(old), torch.cat(ref), torch.cat(values), scores, torch.cat(entropy)
+    old, ref, entropy, values = torch.zeros(4, *batch.mask.shape, device=device)
+    for micro, part in micro_batches(batch, range(len(rows)), args.micro_batch):
+        R = part.mask.shape[1]
+        old[micro, :R], entropy[micro, :R] = response_logprobs(policy, part, args)
+        ref[micro, :R], _ = response_logprobs(reference, part, args)
+        values[micro, :R] = response_values(critic, part)
+    return batch, old, ref, values, torch.tensor(reward(rows), device=device), entropy
 
 
 def model_scores(reward_model, rows, tokenizer, args, device):
@@ -288,20 +285,21 @@ def update(engine, critic, batch, old_logp, advantage, old_values, returns, step
         for rows in np.split(order, len(order) // (args.micro_batch * args.accum_steps)):
             n, = all_sum(batch.mask[rows].sum(), device=device)  # response tokens of the optimizer batch
             sums = torch.zeros(7)
-            for micro in np.split(rows, args.accum_steps):
-                part = Batch(*(x[micro] for x in batch[:4]), P=batch.P)
+            for micro, part in micro_batches(batch, rows, args.micro_batch):
+                R = part.mask.shape[1]
                 with torch.set_grad_enabled(not warming):  # during the warm-up only the critic learns
-                    logp, _ = response_logprobs(engine, part, args.temperature)
-                loss, stats = policy_loss(logp, old_logp[micro], advantage[micro], part.mask, args.cliprange)
+                    logp, _ = response_logprobs(engine, part, args)
+                loss, stats = policy_loss(logp, old_logp[micro, :R], advantage[micro, :R], part.mask,
+                                          args.cliprange)
                 # DeepSpeed averages gradients over ranks: a token mean is sum * ranks / tokens of all ranks
                 if not warming:
                     engine.backward(loss * world / n)
-                v_loss, v_clipped = value_loss(response_values(critic, part), old_values[micro],
-                                               returns[micro], part.mask, args.cliprange_value)
+                v_loss, v_clipped = value_loss(response_values(critic, part), old_values[micro, :R],
+                                               returns[micro, :R], part.mask, args.cliprange_value)
                 critic.backward(v_loss * world / n)
                 sums += torch.cat([stats, torch.stack([loss, v_loss, v_clipped]).detach()]).cpu()
                 if first_ratio is None:
-                    first_ratio = ((logp.detach() - old_logp[micro]) * part.mask).expm1().abs().max().item()
+                    first_ratio = ((logp.detach() - old_logp[micro, :R]) * part.mask).expm1().abs().max().item()
             if not warming:
                 set_lr(engine, args.lr)
                 engine.step()
@@ -455,17 +453,23 @@ def main(args):
     truth = load_plug(args.truth_fn, "--truth_fn") if args.truth_fn else None
     config = ds_config(args.ds_config, args.micro_batch, args.max_grad_norm)
     tokenizer = load_tokenizer(sft, "--sft_model")
-    folder = stage_folder(args.model, "rm", args.reward_model, "--reward_model",
-                          f"train_rm.py --model {args.model}")
-    rm, rm_tokenizer, center, scale = load_reward_model(folder, dtype_of(config))
+    if args.reward_fn:
+        folder, plug, readers = sft, load_plug(args.reward_fn, "--reward_fn"), {}
+        reward = lambda rows: [float(x) for x in plug(rows, engine, tokenizer)]
+    else:
+        folder = stage_folder(args.model, "rm", args.reward_model, "--reward_model",
+                              f"train_rm.py --model {args.model}")
+        rm, rm_tokenizer, center, scale = load_reward_model(folder, dtype_of(config))
+        readers = {"--reward_model": rm}
+        reward = lambda rows: model_scores((rm, rm_tokenizer, center, scale), rows, tokenizer, args, device)
     critic = load_critic(args.critic_model or folder, tokenizer, dtype_of(config))
-    for flag, model in (("--reward_model", rm), ("--critic_model", critic)):
+    for flag, model in {**readers, "--critic_model": critic}.items():
         context = getattr(model.config, "max_position_embeddings", 10**9)
         if args.max_prompt_length + args.response_length > context:
             raise BadInput(f"{flag}: its context of {context} tokens is shorter than --max_prompt_length "
                            f"{args.max_prompt_length} + --response_length {args.response_length}.")
-    reward_model = freeze(rm, config, device), rm_tokenizer, center, scale
-    reward = lambda rows: model_scores(reward_model, rows, tokenizer, args, device)
+    if not args.reward_fn:
+        rm = freeze(rm, config, device)
     out = output_folder(args, "ppo")
     train, test = rl_prompts(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
 
@@ -475,25 +479,29 @@ def main(args):
         raise BadInput(f"--max_prompt_length {args.max_prompt_length} + --response_length "
                        f"{args.response_length} exceed the model's context of "
                        f"{policy.config.max_position_embeddings} tokens: lower one.")
+    # The reference's weights are in memory once: a LoRA policy uses the same
+    lora = None
     if args.lora_r:
         from peft import LoraConfig, get_peft_model
-        policy = get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", r=args.lora_r,
-                                                   lora_alpha=args.lora_alpha,
-                                                   target_modules=lora_targets(policy)),
-                                autocast_adapter_dtype=False)
+        lora = LoraConfig(task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha,
+                          target_modules=lora_targets(policy))
         head = "score" if hasattr(critic, "score") else "classifier"
         critic = get_peft_model(critic, LoraConfig(task_type="TOKEN_CLS", r=args.lora_r,
                                                    lora_alpha=args.lora_alpha,
                                                    target_modules=lora_targets(critic),
                                                    modules_to_save=[head]),
                                 autocast_adapter_dtype=False)
+    frozen = OneBase(policy if lora else load_policy(sft, tokenizer, dtype_of(config), "--sft_model"), None,
+                     lora)
+    policy = frozen if lora else policy
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=args.lr,
                                   weight_decay=0.0)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
     critic_optimizer = torch.optim.AdamW([p for p in critic.parameters() if p.requires_grad],
                                          lr=args.critic_lr, weight_decay=0.0)
     critic, *_ = deepspeed.initialize(model=critic, optimizer=critic_optimizer, config=config)
-    reference = freeze(load_policy(sft, tokenizer, dtype_of(config), "--sft_model"), config, device)
+    frozen = engine if lora else freeze(frozen, config, device)
+    reference = functools.partial(frozen, role="reference")
 
     log = MetricLog(out, show=["objective/true_reward", "objective/kl", "objective/kl_coef",
                                "objective/scores", "completions/mean_length", "policy/clipfrac_avg",

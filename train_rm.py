@@ -2,8 +2,9 @@
 does without.
 
 Pair-wise (Bradley-Terry) loss:   -log sigmoid( r(x, y_chosen) - r(x, y_rejected) )
-The score is read at the answer's last token (EOS). It sees the same share of the prompts, and of several
-scored answers the same pair, as `train_gvm.py --reward preference`.
+The score is read at the answer's last token (EOS). It sees the same share of the prompts as train_gvm.py: with
+--pairs one, of several scored answers the same pair as `--reward preference` there; with --pairs all every
+pair of unequal scores, which is what `--reward score` sees of them but for the distances.
 
 Departures:
 D1  The paper's batch of 4 pairs cannot be dealt to 8 ranks; the default is 8 pairs.
@@ -24,17 +25,17 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
 from common import (MetricLog, all_sum, disable_dropout, ds_config, dtype_of, epoch_rows, gather_rows,
-                    init_distributed, last_token_scores, load_tokenizer, lora_targets, output_folder,
-                    parse_args, peak_memory_gb, pretrained, print0, responses_that_fit, save_model,
-                    seed_everything, set_lr, split_batch, stage_folder, tokenizer_fingerprint)
-from data import BadInput, preference_pair, prompt_text, read_data, report_drops, split_of
+                    init_distributed, last_token_scores, load_tokenizer, lora_targets, model_place,
+                    output_folder, parse_args, peak_memory_gb, pretrained, print0, responses_that_fit,
+                    save_model, seed_everything, set_lr, split_batch, stage_folder, tokenizer_fingerprint)
+from data import BadInput, all_pairs, preference_pair, prompt_text, read_data, report_drops, split_of
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Args:
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file
     split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
     allow_dropped: bool = False  # go on when more than 10 % of the pairs had to be dropped
+    pairs: Literal["one", "all"] = "one"  # of several scored answers: best and a lower one, or every two unequal
     max_length: int = 1024  # prompt + response; longer ones are not paired, lost pairs are counted [tokens]
     # optimisation
     lr: float = 2e-5  # peak learning rate, linear decay to 0
@@ -87,7 +89,7 @@ def learning_rate(step, steps, args):
 
 def preference_rows(records, tokenizer, args):
     """(train, held-out) lists of pairs: (prompt ids, chosen ids, rejected ids)."""
-    train, test, dropped = [], [], Counter()
+    train, test, kept, dropped = [], [], 0, Counter()
     for record in records:
         share = split_of(prompt_text(record["prompt"]), args.split_seed)
         if share not in ("value", "test"):
@@ -95,15 +97,16 @@ def preference_rows(records, tokenizer, args):
         prompt_ids, fitting = responses_that_fit(record, tokenizer, args.max_length)
         pair = preference_pair(record, args.split_seed, fitting)
         if pair:
-            row = (prompt_ids, *(response["response_ids"] for response in pair))
-            (train if share == "value" else test).append(row)
+            kept += 1
+            (train if share == "value" else test).extend(
+                (prompt_ids, chosen["response_ids"], rejected["response_ids"])
+                for chosen, rejected in (all_pairs(record, fitting) if args.pairs == "all" else [pair]))
         elif len(fitting) < 2:
             dropped[f"no two responses within --max_length {args.max_length} with the prompt"] += 1
         else:
             dropped["no pair of unequal scores"] += 1
-    if train or test or dropped:
-        report_drops(dropped, len(train) + len(test) + sum(dropped.values()), args.data, args.allow_dropped,
-                     log=print0)
+    if kept or dropped:
+        report_drops(dropped, kept + sum(dropped.values()), args.data, args.allow_dropped, log=print0)
     if not train:
         raise BadInput(f"--data {args.data}: no pair is left to train on; its prompts are too few for the "
                        f"value share.")
@@ -199,7 +202,7 @@ def main(args):
         _, scores = held_out(engine, train[:max(200, world)], tokenizer, args, rank, world, device)
     center, scale = float(scores.mean()), float(2 * scores.std() + 1e-8)
     save_model(engine, tokenizer, out, extra={"rm.json": {
-        "base_model": str(Path(sft).resolve()) if Path(sft).exists() else sft, "center": center,
+        "base_model": model_place(sft), "center": center,
         "scale": scale, "max_length": args.max_length, "chat_template": tokenizer.chat_template,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), "split_seed": args.split_seed}})
     print0(f"train_rm: saved to {out}; scores: mean {center:.3f}, two standard deviations {scale:.3f}")

@@ -160,8 +160,8 @@ def chain(flags, tmp_path_factory):
     """sft -> gvm (K = 2) -> dvpo (3 steps), run once in this process.
 
     Has the folders sft, gvm, dvpo; the engines sft_engine, gvm_engine, policy; frozen = [(model, its
-    fingerprint when it was frozen)], the GVM first and the reference second; checked = the arguments of
-    DVPO's self-check at step 0.
+    fingerprint when it was frozen)], one model that is GVM and reference; checked = the arguments of DVPO's
+    self-check at step 0.
     """
     folder, saved, frozen, checks = tmp_path_factory.mktemp("chain"), [], [], []
     with pytest.MonkeyPatch.context() as patch:

@@ -27,6 +27,10 @@ ENDS = [(i, t) for i, response in enumerate(RESPONSES) for t in range(len(respon
 CHAT = [{"role": "user", "content": "is thing1 red ?"}]
 
 
+def ARGS(temperature=1.0, response_length=12):
+    return SimpleNamespace(temperature=temperature, response_length=response_length)
+
+
 def padded():
     return collate(PROMPTS, RESPONSES, EOS)
 
@@ -77,11 +81,12 @@ def assert_rows(got, wanted):
 
 # ---- log-probs and values ----
 
+@torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_the_state_before_the_token(policy, temperature):
     """response_logprobs equals the loop over prefixes at the sampler's
     temperature; one slot off would not."""
-    got, entropy = train_dvpo.response_logprobs(policy, padded(), temperature)
+    got, entropy = train_dvpo.response_logprobs(policy, padded(), ARGS(temperature))
     wanted = slow_logprobs(policy, temperature)
     assert_rows(got, wanted)
     first = torch.log_softmax(at_the_end(policy, PROMPTS[0]) / temperature, -1)
@@ -118,11 +123,11 @@ def test_values_one_token_early_or_late_would_be_seen(gvm):
 def test_rows_beside_a_row_and_padding_change_nothing(policy, gvm):
     """A row has the same log-probs and values alone, in a batch, and in a batch that is far too wide."""
     wide = collate([*PROMPTS, [0] * 20], [*RESPONSES, [9] * 12], EOS)
-    logp, _ = train_dvpo.response_logprobs(policy, wide, 1.0)
+    logp, _ = train_dvpo.response_logprobs(policy, wide, ARGS())
     q = train_dvpo.response_values(gvm, wide)
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
         alone, n = collate([prompt], [response], EOS), len(response)
-        assert torch.allclose(train_dvpo.response_logprobs(policy, alone, 1.0)[0][0], logp[i, :n], atol=1e-5)
+        assert torch.allclose(train_dvpo.response_logprobs(policy, alone, ARGS())[0][0], logp[i, :n], atol=1e-5)
         assert torch.allclose(train_dvpo.response_values(gvm, alone)[0], q[i, :1 + n], atol=1e-5)
 
 

@@ -1,0 +1,220 @@
+"""What saves memory and time changes no number: log-probs without [B, T, V] logits, micro batches without
+padding, one copy of the frozen weights, tau read once."""
+
+import shutil
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import (AutoModelForCausalLM, CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM,
+                          GraniteConfig, GraniteForCausalLM)
+
+import common
+import train_dvpo
+from common import (GumbelNoise, OneBase, chat_ids, collate, generate, load_gvm, load_policy, load_tokenizer,
+                    lora_targets, micro_batches, with_logprobs)
+from conftest import metrics, recorded, run_stage
+
+CPU, EOS = torch.device("cpu"), 1
+PROMPTS = [[0, 3, 6, 9], [0, 20], [0, 3, 6, 9, 15, 7], [0, 4]]
+RESPONSES = [[5, 1], [12, 4, 8, 9], [10, 9, 12, 14, 8, 1], [1]]
+ARGS = SimpleNamespace(temperature=0.7, response_length=6, micro_batch=2)
+
+
+def batch_of(prompts=PROMPTS, responses=RESPONSES):
+    return collate(prompts, responses, EOS)
+
+
+def plain_logprobs(model, batch, temperature):
+    """From the logits of every position, as the textbook has it: log-probs and entropy, [B, R]."""
+    logits = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions).logits
+    logp = torch.log_softmax(logits[:, batch.P - 1:-1].float() / temperature, -1)
+    return logp.gather(-1, batch.ids[:, batch.P:, None])[..., 0] * batch.mask, -(logp.exp() * logp).sum(-1)
+
+
+def tiny(config, model, **extra):
+    torch.manual_seed(0)
+    return model(config(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, pad_token_id=1,
+                        **extra))
+
+
+def small_head(name):
+    """Models that do something to their logits: a cap (Gemma 2), a factor (Cohere), a divisor (Granite)."""
+    return {"gemma2": lambda: tiny(Gemma2Config, Gemma2ForCausalLM, head_dim=8, final_logit_softcapping=2.0),
+            "cohere": lambda: tiny(CohereConfig, CohereForCausalLM, logit_scale=0.5),
+            "granite": lambda: tiny(GraniteConfig, GraniteForCausalLM, logits_scaling=4.0)}[name]()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "cohere", "granite"])
+@pytest.mark.parametrize("chunks", [1, 3, 20])
+def test_logprobs_in_chunks_are_the_plain_ones_with_their_gradients(name, chunks, models_folder):
+    """Values and gradients of every weight; 20 chunks of 13 tokens leave some chunks empty."""
+    model = (AutoModelForCausalLM.from_pretrained(models_folder / name) if name in ("llama", "gpt2")
+             else small_head(name)).eval()
+    batch, weights = batch_of(), torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    wanted, entropy = plain_logprobs(model, batch, 0.7)
+    (wanted * weights).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    ask = partial(with_logprobs(model), input_ids=batch.ids, attention_mask=batch.attention,
+                  position_ids=batch.positions, answers=batch.mask, temperature=0.7, chunks=chunks)
+    got, none = ask()
+    assert none is None and torch.allclose(got, wanted, atol=1e-5)
+    (got * weights).sum().backward()
+    assert gradients and all(torch.allclose(p.grad, gradients[n], atol=1e-5, rtol=1e-4)
+                             for n, p in model.named_parameters() if n in gradients)
+    with torch.no_grad():
+        got, found = ask()
+    assert torch.allclose(got, wanted, atol=1e-5)
+    assert torch.allclose(found, entropy * batch.mask, atol=1e-4)
+
+
+def test_no_tensor_of_all_logits_is_made(models_folder, monkeypatch):
+    """The head sees answer tokens only, a chunk at a time, in both directions."""
+    model = load_policy(models_folder / "llama", load_tokenizer(models_folder / "llama"), torch.float32)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    batch = batch_of()
+    logp, _ = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
+                    answers=batch.mask, chunks=4)
+    logp.sum().backward()
+    assert [shape[0] for shape in seen[:4]] == [4, 3, 3, 3] and len(seen) == 8  # 13 tokens, forward and backward
+    assert sum(shape[0] for shape in seen[:4]) == batch.mask.sum()
+
+
+def test_micro_batches_cover_every_row_once_and_hold_no_column_of_padding():
+    batch, seen = batch_of(), []
+    parts = list(micro_batches(batch, range(4), 2))
+    for rows, part in parts:
+        seen += rows
+        assert part.attention[:, :part.P].any(0).all() and part.mask.any(0).all()
+        for row, ids, attention, positions, mask in zip(rows, *part[:4]):
+            assert ids[attention.bool()].tolist() == PROMPTS[row] + RESPONSES[row]
+            assert positions[attention.bool()].tolist() == list(range(len(PROMPTS[row] + RESPONSES[row])))
+            assert mask.sum() == len(RESPONSES[row])
+    assert sorted(seen) == [0, 1, 2, 3]
+    assert sum(part.ids.numel() for _, part in parts) < batch.ids.numel()
+    assert [len(rows) for rows, _ in micro_batches(batch, [2, 0, 1], 2)] == [2, 1]
+
+
+@torch.no_grad()
+def test_bucketed_numbers_are_the_unbucketed_ones(models_folder):
+    model = load_policy(models_folder / "llama", load_tokenizer(models_folder / "llama"), torch.float32).eval()
+    batch = batch_of()
+    wanted, _ = train_dvpo.response_logprobs(model, batch, ARGS)
+    for rows, part in micro_batches(batch, range(4), 2):
+        got, _ = train_dvpo.response_logprobs(model, part, ARGS)
+        assert torch.allclose(got, wanted[rows, :got.shape[1]], atol=1e-5)
+        assert not wanted[rows, got.shape[1]:].any()
+
+
+# ---- one copy of the weights ----
+
+def lora_of(model):
+    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=lora_targets(model), init_lora_weights=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lora", [False, True])
+def test_one_base_says_what_separate_models_say(lora, chain):
+    """Reference, GVM and a LoRA policy, in turn and again: nothing of one role stays behind for the next."""
+    tokenizer, batch = load_tokenizer(chain.sft), batch_of()
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.attention, "position_ids": batch.positions}
+    reference = load_policy(chain.sft, tokenizer, torch.float32).eval()
+    gvm = load_gvm(chain.gvm, torch.float32)[0].eval()
+    base = load_policy(chain.sft, tokenizer, torch.float32)
+    adapter = lora_of(base) if lora else None
+    torch.manual_seed(3)
+    one = OneBase(base, load_gvm(chain.gvm, torch.float32, lm=base)[0], adapter).eval()
+    policies = []
+    for _ in range(2):
+        assert torch.equal(one(role="reference", **inputs).logits, reference(**inputs).logits)
+        assert torch.allclose(one(role="gvm", **inputs).logits, gvm(**inputs).logits, atol=1e-6)
+        if lora:
+            policies.append(one(**inputs).logits)
+            assert (policies[-1] - reference(**inputs).logits).abs().max() > 0.1
+    assert not lora or torch.equal(*policies)
+    trained = {name for name, p in one.named_parameters() if p.requires_grad}
+    assert all(".policy." in name for name in trained) and bool(trained) == lora
+
+
+def test_one_base_holds_one_copy(chain):
+    """Its parameters are those of the reference, the GVM's adapter and head, and the policy's adapter."""
+    tokenizer = load_tokenizer(chain.sft)
+    base = load_policy(chain.sft, tokenizer, torch.float32)
+    weights, lora = sum(p.numel() for p in base.parameters()), lora_of(base)
+    gvm = load_gvm(chain.gvm, torch.float32, lm=base)[0]
+    adapter = sum(p.numel() for name, p in gvm.named_parameters() if "lora_" in name)
+    one = OneBase(base, gvm, lora)
+    policy = sum(p.numel() for p in one.parameters() if p.requires_grad)
+    heads = 2 * (32 + 1)  # peft keeps the head that it replaces
+    assert policy > 0 and sum(p.numel() for p in one.parameters()) == weights + adapter + heads + policy
+    assert len({id(module) for module in one.modules()}) == sum(1 for _ in one.named_modules(remove_duplicate=False))
+
+
+def test_a_gvm_of_another_base_is_loaded_on_its_own(chain, flags, tmp_path, monkeypatch):
+    """Its weights are not the reference's: --sft_model is a copy in another place."""
+    shutil.copytree(chain.sft, tmp_path / "sft")
+    frozen = []
+    recorded(monkeypatch, train_dvpo, "freeze", frozen)
+    run_stage(train_dvpo, **flags.dvpo, sft_model=tmp_path / "sft", value_model=chain.gvm, output_dir=tmp_path / "a")
+    assert [type(args[0]).__name__ for args, _ in frozen] == ["OneBase", "PeftModelForTokenClassification"]
+    assert (tmp_path / "a/model.safetensors").exists()
+    # and the numbers are the same as with one copy
+    for x, y in zip(metrics(tmp_path / "a"), metrics(chain.dvpo), strict=True):
+        for name in ("objective/kl", "gvm/mean", "advantages/std", "policy/approxkl_avg"):
+            assert x[name] == pytest.approx(y[name], abs=1e-5), name
+
+
+# ---- tau is read once ----
+
+TAU = [("is thing1 red ?", "yes it is red"), ("is thing2 blue ?", "no .")]
+
+
+def system(text):
+    return [{"role": "system", "content": text}] if text else []
+
+
+@pytest.mark.parametrize("systems", [("", "", ""), ("is", "is", "is"), ("is", "not", "")])
+def test_values_do_not_depend_on_reading_tau_once(systems, chain, monkeypatch):
+    """Against every row with its own tau. Unequal system messages leave little or nothing to share."""
+    tokenizer, gvm = load_tokenizer(chain.sft), load_gvm(chain.gvm, torch.float32)[0].eval()
+    torch.nn.init.normal_(common.value_head(gvm.get_base_model()).modules_to_save["default"].weight)
+    rows = [{"prompt": system(s) + [{"role": "user", "content": f"is thing{i} {colour} ?"}], "response_ids": ids}
+            for i, (s, colour, ids) in enumerate(zip(systems, ("red", "blue is it", "green"), RESPONSES))]
+    reads = []
+    read = train_dvpo.read_prefix
+    monkeypatch.setattr(train_dvpo, "read_prefix", lambda *args: reads.append(args[1]) or read(*args))
+    got = train_dvpo.gvm_values(gvm, rows, TAU, tokenizer, ARGS, CPU)
+    assert len(reads) == 1 and (len(set(systems)) > 1 or len(reads[0]) > 15)
+    for row, values in zip(rows, got):
+        alone = collate([chat_ids(tokenizer, row["prompt"], TAU)], [row["response_ids"]], EOS)
+        with torch.no_grad():
+            assert values == pytest.approx(train_dvpo.response_values(gvm, alone)[0].tolist(), abs=1e-5)
+    assert len(reads) == 1
+
+
+# ---- sampling ----
+
+def test_the_samplers_own_logprobs_are_the_training_forwards(models_folder, monkeypatch):
+    """What generate() drew from, token by token and with a cache, is what response_logprobs says of it."""
+    tokenizer = load_tokenizer(models_folder / "llama")
+    model, drawn = load_policy(models_folder / "llama", tokenizer, torch.float32), []
+
+    def noisy(self, ids, scores):
+        choice = original(self, ids, scores)
+        logp = torch.log_softmax(scores.float() / self.temperature, -1)
+        drawn.append(logp.gather(-1, choice.argmax(-1, keepdim=True))[:, 0])
+        return choice
+    original = GumbelNoise.__call__
+    monkeypatch.setattr(GumbelNoise, "__call__", noisy)
+    answers = generate(model, PROMPTS, [1, 2, 3, 4], 6, 0.7, tokenizer, CPU)
+    drawn = torch.stack(drawn, 1)                                                        # [B, R]
+    batch = collate(PROMPTS, answers, EOS)
+    with torch.no_grad():
+        logp, _ = train_dvpo.response_logprobs(model, batch, ARGS)
+    assert batch.mask.sum() > 8
+    assert torch.allclose(logp[batch.mask], drawn[:, :logp.shape[1]][batch.mask], atol=1e-5)
