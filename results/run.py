@@ -207,18 +207,17 @@ def save_table(name, settings, columns, decimals=3):
 # ---- the comparison ----------------------------------------------------------------------------------------
 
 def compare(grid, seeds):
-    """DVPO and PPO from one SFT policy, seeds of prompts and sampling. DVPO twice: with a GVM of preference
-    pairs, which is all that the reward model sees, and with one of the scores of all answers, as `make demo`.
-    """
-    started, steps = time.time(), ["--max_steps", 80, "--lr"]  # --lr: the best of four for each, see lr()
-    pairs, scores, _ = grid.gvm(1, "--reward", "preference"), grid.gvm(1), grid.rm(1)
+    """DVPO and PPO from one SFT policy, seeds of prompts and sampling. The reward model sees every pair of
+    unequal scores among the answers whose scores the GVM sees; of DVPO there is a second row, whose GVM sees
+    one preference pair of each four answers."""
+    started, steps = time.time(), ["--max_steps", 80, "--kl_target", 0.4, "--kl_horizon", 500]
+    scores, pairs, _ = grid.gvm(1), grid.gvm(1, "--reward", "preference"), grid.rm(1)
     grid.execute()  # first, so that what is timed below runs beside nothing else than its like
-    runs = {"PPO": [], "DVPO": [], "DVPO, GVM of scores": []}
-    for seed in seeds:
-        runs["PPO"].append(grid.ppo("compare/ppo", seed, 1, *steps, 1e-4))
-        runs["DVPO"].append(grid.dvpo("compare/dvpo", seed, 1, *steps, 5e-5, values=pairs))
-        runs["DVPO, GVM of scores"].append(grid.dvpo("compare/dvpo_scores", seed, 1, *steps, 1e-4,
-                                                       values=scores))
+    runs = {"PPO": [], "DVPO": [], "DVPO, GVM of pairs": []}
+    for seed in seeds:  # the learning rates are the toy's defaults: the best of four for each, see lr()
+        runs["PPO"].append(grid.ppo("compare/ppo", seed, 1, *steps))
+        runs["DVPO"].append(grid.dvpo("compare/dvpo", seed, 1, *steps, values=scores))
+        runs["DVPO, GVM of pairs"].append(grid.dvpo("compare/dvpo_pairs", seed, 1, *steps, values=pairs))
     grid.execute()
     table = {name: over_seeds(found) for name, found in runs.items()}
     save_table("compare", table, ["start", "reward", "gain", "kl", "length", "converged", "s_generation",
@@ -265,10 +264,11 @@ def figure(runs, path):
 
 def lr(grid, seeds):
     """The same budget for both methods: four learning rates of the policy, a seed that is not used again."""
-    gvm, runs = grid.gvm(1, "--reward", "preference"), {}
+    gvm, runs = grid.gvm(1), {}
     for rate in (5e-5, 1e-4, 2e-4, 4e-4):
-        runs[f"DVPO {rate:g}"] = [grid.dvpo(f"lr/dvpo_{rate:g}", 11, 1, "--lr", rate, values=gvm)]
-        runs[f"PPO {rate:g}"] = [grid.ppo(f"lr/ppo_{rate:g}", 11, 1, "--lr", rate)]
+        flags = ["--lr", rate, "--max_steps", 80, "--kl_target", 0.4, "--kl_horizon", 500]
+        runs[f"DVPO {rate:g}"] = [grid.dvpo(f"lr/dvpo_{rate:g}", 11, 1, *flags, values=gvm)]
+        runs[f"PPO {rate:g}"] = [grid.ppo(f"lr/ppo_{rate:g}", 11, 1, *flags)]
     grid.execute()
     save_table("lr", {name: over_seeds(found) for name, found in runs.items()},
                ["reward", "highest", "kl", "length"])
@@ -304,11 +304,14 @@ def print_shares(table, exact):
 
 
 def baseline(grid, seeds):
-    """PPO against exact advantages with 150 steps and more room for KL: is it a baseline worth beating?"""
-    flags, runs = ["--max_steps", 150, "--kl_target", 0.6], {"exact gae": [], "PPO": []}
+    """PPO against exact advantages with 150 steps and more room for KL: is it a baseline worth beating? With
+    the world's own reward in place of the reward model, too, which tells what the algorithm can do."""
+    flags, runs = ["--max_steps", 150, "--kl_target", 0.6], {"exact gae": [], "PPO, exact reward": [], "PPO": []}
     for seed in seeds:
         runs["exact gae"].append(grid.dvpo("baseline/exact", seed, base(seed), "--advantage", "gae", *flags,
                                            values="exact"))
+        runs["PPO, exact reward"].append(grid.ppo("baseline/ppo_exact", seed, base(seed), *flags, "--reward_fn",
+                                                  "toy.exact:sampled_reward"))
         runs["PPO"].append(grid.ppo("baseline/ppo", seed, base(seed), *flags))
     grid.execute()
     table = {name: over_seeds(found) for name, found in runs.items()}
