@@ -313,15 +313,16 @@ def with_logprobs(lm):
     of 128 thousand they would be the largest tensor of a step.
 
     lm(input_ids=, attention_mask=, position_ids=, answers=[B, R] bool, temperature=, chunks=)
-    returns (log pi of the last R tokens, entropy), [B, R] float32, 0 where `answers` is False; no entropy, None,
-            while gradients are recorded: nothing asks for it there
+    returns (log pi of the last R tokens, entropy), [B, R] float32, 0 where `answers` is False; in place of the
+            entropy None while gradients are recorded, because nothing asks for it there
 
     Logits are made for answer tokens only, in `chunks` parts, float32 inside a part, and made again in the
-    backward pass. `chunks` is the caller's because under ZeRO-3 every rank must ask for the head equally often.
+    backward pass. `chunks` is the caller's: under ZeRO-3 every rank must ask for the head equally often.
     """
     plain, config = lm.forward, lm.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    # What Cohere, Granite and Gemma 2 do to their logits
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
 
     def logprobs(hidden, targets, temperature):
         """[N, H], [N] -> [N], [N] or None"""

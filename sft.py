@@ -51,6 +51,7 @@ class Args:
     batch_size: int = 16  # rows of one optimizer step, over all ranks
     micro_batch: int = 1  # rows of one forward pass on one rank
     max_grad_norm: float = 1.0  # gradient clipping
+    gradient_checkpointing: bool = False  # keep one tensor a layer and compute the rest again in backward
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
     output_dir: str = ""  # default runs/<model name>/sft
@@ -142,6 +143,8 @@ def main(args):
     tokenizer = load_tokenizer(base)
     train, test = sft_rows(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
     model = load_policy(base, tokenizer, dtype_of(config))
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     # One label in the config: stock transformers then puts one-label value and reward
     # heads on this model unasked.
     model.config.num_labels = 1

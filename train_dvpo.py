@@ -86,6 +86,7 @@ class Args:
     accum_steps: int = 2  # micro batches of one optimizer step
     max_steps: int = 800  # rollout batches
     max_grad_norm: float = 1.0  # gradient clipping
+    gradient_checkpointing: bool = False  # keep one tensor a layer and compute the rest again in backward
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
     output_dir: str = ""  # default runs/<model name>/dvpo
@@ -240,6 +241,7 @@ def score(policy, reference, value, rows, tau, tokenizer, args, device):
     value: function (policy, rows, tau) -> list of 1 + len(response) values a row
     returns (batch, old_logp [B, R], ref_logp [B, R], values [B, 1 + R], entropy [B, R]), float32, no gradient
     """
+    policy.eval()  # in train mode --gradient_checkpointing would drop the cache of tau's keys and values
     batch = collate([row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows],
                     tokenizer.pad_token_id, device)
     old, ref, entropy = torch.zeros(3, *batch.mask.shape, device=device)
@@ -262,7 +264,8 @@ def gvm_values(gvm, rows, tau, tokenizer, args, device):
     prompts = [chat_ids(tokenizer, row["prompt"], tau) for row in rows]
     shared, n = None, 0
     if tau:
-        n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)  # the last token stays a row's own
+        # the last prompt token stays a row's own: V(s_1) is read there
+        n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
         shared = read_prefix(gvm, prompts[0][:max(n, 1)], device)
     batch = collate([ids[n:] for ids in prompts], [row["response_ids"] for row in rows],
                     tokenizer.pad_token_id, device)
@@ -297,7 +300,8 @@ def update(engine, batch, old_logp, advantage, step, args, device):
                 engine.backward(loss * world / n)
                 sums += torch.cat([stats, loss.detach()[None]]).cpu()
                 if first_ratio is None:
-                    first_ratio = ((logp.detach() - old_logp[micro, :R]) * part.mask).expm1().abs().max().item()
+                    moved = (logp.detach() - old_logp[micro, :R]) * part.mask
+                    first_ratio = moved.expm1().abs().max().item()
             set_lr(engine, args.lr)
             engine.step()
             sums = torch.tensor(all_sum(*sums.tolist(), device=device))
@@ -462,6 +466,8 @@ def main(args):
     train, test = rl_prompts(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
 
     policy = load_policy(sft, tokenizer, dtype_of(config), "--sft_model")
+    if args.gradient_checkpointing:
+        policy.activation_checkpointing_enable({"use_reentrant": False})
     if (args.max_prompt_length + args.response_length
             > getattr(policy.config, "max_position_embeddings", 10**9)):
         raise BadInput(f"--max_prompt_length {args.max_prompt_length} + --response_length "

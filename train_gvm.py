@@ -75,6 +75,7 @@ class Args:
     batch_size: int = 32  # rows of one optimizer step, over all ranks
     micro_batch: int = 2  # rows of one forward pass on one rank
     max_grad_norm: float = 1.0  # gradient clipping
+    gradient_checkpointing: bool = False  # keep one tensor a layer and compute the rest again in backward
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
     output_dir: str = ""  # default runs/<model name>/gvm
@@ -302,6 +303,8 @@ def main(args):
         reward_map = model_rewards(train, args, dtype_of(config), device)
 
     model = load_value_base(sft, dtype_of(config))
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     head = "score" if hasattr(model, "score") else "classifier"
     model = get_peft_model(model, LoraConfig(task_type="TOKEN_CLS", r=args.lora_r, lora_alpha=args.lora_alpha,
                                              lora_dropout=args.lora_dropout,

@@ -86,6 +86,7 @@ class Args:
     accum_steps: int = 2  # micro batches of one optimizer step
     max_steps: int = 800  # rollout batches
     max_grad_norm: float = 1.0  # gradient clipping
+    gradient_checkpointing: bool = False  # keep one tensor a layer and compute the rest again in backward
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
     output_dir: str = ""  # default runs/<model name>/ppo
@@ -299,7 +300,8 @@ def update(engine, critic, batch, old_logp, advantage, old_values, returns, step
                 critic.backward(v_loss * world / n)
                 sums += torch.cat([stats, torch.stack([loss, v_loss, v_clipped]).detach()]).cpu()
                 if first_ratio is None:
-                    first_ratio = ((logp.detach() - old_logp[micro, :R]) * part.mask).expm1().abs().max().item()
+                    moved = (logp.detach() - old_logp[micro, :R]) * part.mask
+                    first_ratio = moved.expm1().abs().max().item()
             if not warming:
                 set_lr(engine, args.lr)
                 engine.step()
@@ -474,6 +476,9 @@ def main(args):
     train, test = rl_prompts(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
 
     policy = load_policy(sft, tokenizer, dtype_of(config), "--sft_model")
+    if args.gradient_checkpointing:
+        for model in (policy, critic):
+            model.activation_checkpointing_enable({"use_reentrant": False})
     if (args.max_prompt_length + args.response_length
             > getattr(policy.config, "max_position_embeddings", 10**9)):
         raise BadInput(f"--max_prompt_length {args.max_prompt_length} + --response_length "

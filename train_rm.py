@@ -59,6 +59,7 @@ class Args:
     batch_size: int = 8  # pairs of one optimizer step, over all ranks
     micro_batch: int = 1  # pairs of one forward pass on one rank
     max_grad_norm: float = 1.0  # gradient clipping
+    gradient_checkpointing: bool = False  # keep one tensor a layer and compute the rest again in backward
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
     output_dir: str = ""  # default runs/<model name>/rm
@@ -157,6 +158,8 @@ def main(args):
     if args.max_length > context:
         raise BadInput(f"--max_length {args.max_length} exceeds the model's context of {context} tokens.")
     model.config.pad_token_id = -1  # the score is read at the last position, see last_token_scores
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=args.lora_r, lora_alpha=args.lora_alpha,
                                              lora_dropout=args.lora_dropout,
                                              target_modules=lora_targets(model), modules_to_save=["score"]),

@@ -214,10 +214,11 @@ def compare(grid, seeds):
     scores, pairs, _ = grid.gvm(1), grid.gvm(1, "--reward", "preference"), grid.rm(1)
     grid.execute()  # first, so that what is timed below runs beside nothing else than its like
     runs = {"PPO": [], "DVPO": [], "DVPO, GVM of pairs": []}
-    for seed in seeds:  # the learning rates are the toy's defaults: the best of four for each, see lr()
-        runs["PPO"].append(grid.ppo("compare/ppo", seed, 1, *steps))
-        runs["DVPO"].append(grid.dvpo("compare/dvpo", seed, 1, *steps, values=scores))
-        runs["DVPO, GVM of pairs"].append(grid.dvpo("compare/dvpo_pairs", seed, 1, *steps, values=pairs))
+    for seed in seeds:  # the learning rates are the best of four for each, see lr()
+        runs["PPO"].append(grid.ppo("compare/ppo", seed, 1, *steps, "--lr", 1e-4))
+        runs["DVPO"].append(grid.dvpo("compare/dvpo", seed, 1, *steps, "--lr", 4e-4, values=scores))
+        runs["DVPO, GVM of pairs"].append(grid.dvpo("compare/dvpo_pairs", seed, 1, *steps, "--lr", 4e-4,
+                                                     values=pairs))
     grid.execute()
     table = {name: over_seeds(found) for name, found in runs.items()}
     save_table("compare", table, ["start", "reward", "gain", "kl", "length", "converged", "s_generation",
@@ -306,12 +307,13 @@ def print_shares(table, exact):
 def baseline(grid, seeds):
     """PPO against exact advantages with 150 steps and more room for KL: is it a baseline worth beating? With
     the world's own reward in place of the reward model, too, which tells what the algorithm can do."""
-    flags, runs = ["--max_steps", 150, "--kl_target", 0.6], {"exact gae": [], "PPO, exact reward": [], "PPO": []}
+    flags = ["--max_steps", 150, "--kl_target", 0.6]
+    runs = {"exact gae": [], "PPO, exact reward": [], "PPO": []}
     for seed in seeds:
         runs["exact gae"].append(grid.dvpo("baseline/exact", seed, base(seed), "--advantage", "gae", *flags,
                                            values="exact"))
-        runs["PPO, exact reward"].append(grid.ppo("baseline/ppo_exact", seed, base(seed), *flags, "--reward_fn",
-                                                  "toy.exact:sampled_reward"))
+        runs["PPO, exact reward"].append(grid.ppo("baseline/ppo_exact", seed, base(seed), *flags,
+                                                  "--reward_fn", "toy.exact:sampled_reward"))
         runs["PPO"].append(grid.ppo("baseline/ppo", seed, base(seed), *flags))
     grid.execute()
     table = {name: over_seeds(found) for name, found in runs.items()}

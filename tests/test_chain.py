@@ -64,14 +64,14 @@ def test_sft_and_gvm_under_zero3(sft, gvm):
     assert 0 <= rows_of(gvm)[-1]["eval/accuracy"] <= 1
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_dvpo_on_two_ranks(world, sft, gvm, stage):
-    """Two steps under each ZeRO stage: ratio 1 and KL 0 before the first update, and the
-    policy has moved after it."""
-    out = world / f"dvpo{stage}"
+@pytest.mark.parametrize("stage, lora_r", [(1, 0), (2, 0), (3, 0), (1, 4), (3, 4)])
+def test_dvpo_on_two_ranks(world, sft, gvm, stage, lora_r):
+    """Two steps under each ZeRO stage: ratio 1 and KL 0 before the first update, and the policy has moved
+    after it. With LoRA all three models are one sharded base."""
+    out = world / f"dvpo{stage}-{lora_r}"
     text = launch("train_dvpo.py", "--sft_model", sft, "--value_model", gvm,
                   "--data", world / "toy/preferences.jsonl", "--rollout_batch", 4, "--micro_batch", 2,
-                  "--response_length", 8, "--max_steps", 2, "--lr", 1e-2,
+                  "--response_length", 8, "--max_steps", 2, "--lr", 1e-2, "--lora_r", lora_r,
                   "--truth_fn", "toy.exact:sampled_reward", "--eval_prompts", 4,
                   "--ds_config", f"ds_configs/zero{stage}.json", "--output_dir", out)
     assert "max |ratio - 1| 0.0e+00" in text and "KL 0.0e+00" in text and "1 BOS" in text

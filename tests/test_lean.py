@@ -8,11 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import (AutoModelForCausalLM, CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM,
-                          GraniteConfig, GraniteForCausalLM)
+from transformers import (AutoModelForCausalLM, CohereConfig, CohereForCausalLM, Gemma2Config,
+                          Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM)
 
 import common
+import sft
 import train_dvpo
+import train_gvm
+import train_ppo
+import train_rm
 from common import (GumbelNoise, OneBase, chat_ids, collate, generate, load_gvm, load_policy, load_tokenizer,
                     lora_targets, micro_batches, with_logprobs)
 from conftest import metrics, recorded, run_stage
@@ -81,7 +85,7 @@ def test_no_tensor_of_all_logits_is_made(models_folder, monkeypatch):
     logp, _ = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
                     answers=batch.mask, chunks=4)
     logp.sum().backward()
-    assert [shape[0] for shape in seen[:4]] == [4, 3, 3, 3] and len(seen) == 8  # 13 tokens, forward and backward
+    assert [shape[0] for shape in seen[:4]] == [4, 3, 3, 3] and len(seen) == 8  # 13 tokens, there and back
     assert sum(shape[0] for shape in seen[:4]) == batch.mask.sum()
 
 
@@ -102,8 +106,8 @@ def test_micro_batches_cover_every_row_once_and_hold_no_column_of_padding():
 
 @torch.no_grad()
 def test_bucketed_numbers_are_the_unbucketed_ones(models_folder):
-    model = load_policy(models_folder / "llama", load_tokenizer(models_folder / "llama"), torch.float32).eval()
-    batch = batch_of()
+    folder, batch = models_folder / "llama", batch_of()
+    model = load_policy(folder, load_tokenizer(folder), torch.float32).eval()
     wanted, _ = train_dvpo.response_logprobs(model, batch, ARGS)
     for rows, part in micro_batches(batch, range(4), 2):
         got, _ = train_dvpo.response_logprobs(model, part, ARGS)
@@ -152,7 +156,8 @@ def test_one_base_holds_one_copy(chain):
     policy = sum(p.numel() for p in one.parameters() if p.requires_grad)
     heads = 2 * (32 + 1)  # peft keeps the head that it replaces
     assert policy > 0 and sum(p.numel() for p in one.parameters()) == weights + adapter + heads + policy
-    assert len({id(module) for module in one.modules()}) == sum(1 for _ in one.named_modules(remove_duplicate=False))
+    paths = list(one.named_modules(remove_duplicate=False))
+    assert len({id(module) for _, module in paths}) == len(paths)
 
 
 def test_a_gvm_of_another_base_is_loaded_on_its_own(chain, flags, tmp_path, monkeypatch):
@@ -160,7 +165,8 @@ def test_a_gvm_of_another_base_is_loaded_on_its_own(chain, flags, tmp_path, monk
     shutil.copytree(chain.sft, tmp_path / "sft")
     frozen = []
     recorded(monkeypatch, train_dvpo, "freeze", frozen)
-    run_stage(train_dvpo, **flags.dvpo, sft_model=tmp_path / "sft", value_model=chain.gvm, output_dir=tmp_path / "a")
+    run_stage(train_dvpo, **flags.dvpo, sft_model=tmp_path / "sft", value_model=chain.gvm,
+              output_dir=tmp_path / "a")
     assert [type(args[0]).__name__ for args, _ in frozen] == ["OneBase", "PeftModelForTokenClassification"]
     assert (tmp_path / "a/model.safetensors").exists()
     # and the numbers are the same as with one copy
@@ -183,7 +189,8 @@ def test_values_do_not_depend_on_reading_tau_once(systems, chain, monkeypatch):
     """Against every row with its own tau. Unequal system messages leave little or nothing to share."""
     tokenizer, gvm = load_tokenizer(chain.sft), load_gvm(chain.gvm, torch.float32)[0].eval()
     torch.nn.init.normal_(common.value_head(gvm.get_base_model()).modules_to_save["default"].weight)
-    rows = [{"prompt": system(s) + [{"role": "user", "content": f"is thing{i} {colour} ?"}], "response_ids": ids}
+    rows = [{"prompt": system(s) + [{"role": "user", "content": f"is thing{i} {colour} ?"}],
+             "response_ids": ids}
             for i, (s, colour, ids) in enumerate(zip(systems, ("red", "blue is it", "green"), RESPONSES))]
     reads = []
     read = train_dvpo.read_prefix
@@ -218,3 +225,30 @@ def test_the_samplers_own_logprobs_are_the_training_forwards(models_folder, monk
         logp, _ = train_dvpo.response_logprobs(model, batch, ARGS)
     assert batch.mask.sum() > 8
     assert torch.allclose(logp[batch.mask], drawn[:, :logp.shape[1]][batch.mask], atol=1e-5)
+
+
+# ---- gradient checkpointing ----
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_gradient_checkpointing_changes_no_number(lora_r, chain, flags, tmp_path):
+    """With a LoRA policy GVM and policy are one model: its layers must not drop tau's cache."""
+    rows = []
+    for on in (False, True):
+        run_stage(train_dvpo, **flags.dvpo, sft_model=chain.sft, value_model=chain.gvm, lora_r=lora_r,
+                  gradient_checkpointing=on, output_dir=tmp_path / str(on))
+        rows.append(metrics(tmp_path / str(on)))
+    for off, on in zip(*rows, strict=True):
+        for name in ("objective/kl", "gvm/mean", "gvm/drift", "advantages/std", "policy/approxkl_avg",
+                     "grad_norm"):
+            assert on[name] == pytest.approx(off[name], abs=1e-5, rel=1e-4), name
+
+
+@pytest.mark.parametrize("stage, name", [(sft, "sft"), (train_gvm, "gvm"), (train_rm, "rm"),
+                                         (train_ppo, "ppo")])
+def test_gradient_checkpointing_in_every_stage(stage, name, chain, baseline, flags, tmp_path):
+    folders = {"sft": {}, "gvm": {"sft_model": chain.sft}, "rm": {"sft_model": chain.sft},
+               "ppo": {"sft_model": chain.sft, "reward_model": baseline.rm}}[name]
+    run_stage(stage, **getattr(flags, name), **folders, gradient_checkpointing=True, output_dir=tmp_path)
+    wanted = metrics({"sft": chain.sft, "gvm": chain.gvm, "rm": baseline.rm, "ppo": baseline.ppo}[name])
+    for got, row in zip(metrics(tmp_path), wanted, strict=True):
+        assert got["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-3)
