@@ -1,0 +1,112 @@
+"""The plan counts what is there, and the benchmark runs both trainers as they are."""
+
+import json
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench
+import plan
+
+CONFIGS = sorted((ROOT / "benchmarks/configs").glob("*.json"))
+DS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "ds_configs").glob("*.json")}
+
+
+@pytest.mark.parametrize("name, parameters", [("llama-3-8b", 8_030_261_248), ("llama-3.2-3b", 3_212_749_824),
+                                              ("llama-3.2-1b", 1_235_814_400), ("mistral-7b", 7_248_023_552)])
+def test_parameters_are_those_of_the_published_models(name, parameters):
+    assert plan.count(plan.read_config(ROOT / f"benchmarks/configs/{name}.json"))[0] == parameters
+
+
+def test_what_is_counted_is_what_a_loaded_model_has():
+    """Weights, head and LoRA of a small model, against tensors that exist."""
+    from peft import LoraConfig, get_peft_model
+    from common import lora_targets
+    config = plan.read_config(ROOT / "benchmarks/configs/tiny.json")
+    parameters, head, lora = plan.count(config)
+    model = AutoModelForCausalLM.from_config(config)
+    assert parameters == sum(p.numel() for p in model.parameters()) and head == model.lm_head.weight.numel()
+    adapted = get_peft_model(model, LoraConfig(r=3, target_modules=lora_targets(model)))
+    assert 3 * lora == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_activations_of_a_layer_are_what_autograd_keeps():
+    """layer_bytes against the bytes that PyTorch saves for backward in one layer, within a quarter."""
+    config = plan.read_config(ROOT / "benchmarks/configs/tiny.json")
+    model, saved = AutoModelForCausalLM.from_config(config), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    ids = torch.zeros(2, 64, dtype=torch.long)
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def kept(layers):
+        saved.clear()
+        model.model.layers = torch.nn.ModuleList(list(model.model.layers)[:layers])
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model.model(input_ids=ids, use_cache=False).last_hidden_state  # holds the graph alive
+            total = sum(saved.values())
+        return total, output
+    two, one = kept(2), kept(1)
+    measured = (two[0] - one[0]) / ids.numel()
+    assert measured == pytest.approx(plan.layer_bytes(config, 4), rel=0.25)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_plan_is_finite_and_more_gpus_never_hold_more(path):
+    config = plan.read_config(path)
+    for name, ds in DS.items():
+        for method in ("dvpo", "ppo"):
+            one, eight = (plan.plan(config, ds, gpus, method) for gpus in (1, 8))
+            for item in ("weights, trained", "weights, frozen", "gradients", "optimizer"):
+                assert 0 <= eight[item] <= one[item], (name, item)
+            assert eight["peak"] > 0
+        assert plan.plan(config, ds, 1, "dvpo")["peak"] < plan.plan(config, ds, 1, "ppo")["peak"]
+
+
+def test_what_zero_and_lora_divide():
+    config = plan.read_config(ROOT / "benchmarks/configs/llama-3-8b.json")
+    one, eight = (plan.plan(config, DS["zero3"], gpus, "dvpo") for gpus in (1, 8))
+    for item in ("weights, trained", "weights, frozen", "gradients", "optimizer"):
+        assert eight[item] == pytest.approx(one[item] / 8)
+    assert one["optimizer"] == pytest.approx(8.030261248 * 12)
+    lora = plan.plan(config, DS["zero1"], 1, "dvpo", lora_r=16)
+    copies = (lora["weights, trained"] + lora["weights, frozen"]) / (8.030261248 * 2)
+    assert 1 < copies < 1.02 and lora["optimizer"] < 1  # one copy of the weights, and little else
+
+
+def test_the_table_says_what_fits(capsys):
+    rows = plan.main([str(ROOT / "benchmarks/configs/llama-3-8b.json"), "--gpus", "1", "--lora_r", "16", "--prompt",
+                      "256", "--gradient_checkpointing", "--gpu_gb", "24",
+                      "--ds_config", str(ROOT / "ds_configs/zero1.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [row["method"] for row in rows] == ["dvpo", "ppo"]
+    assert lines[-2].endswith("| yes |") and lines[-1].endswith("| no |")
+    with pytest.raises(SystemExit, match="cannot be read"):
+        plan.main([str(ROOT / "README.md")])
+
+
+def test_the_benchmark_measures_both_trainers(tmp_path, capsys):
+    config = {"model_type": "llama", "vocab_size": 210, "hidden_size": 16, "intermediate_size": 32,
+              "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+              "max_position_embeddings": 256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rows = bench.main(["--config", str(tmp_path / "config.json"), "--prompt", "4", "--response", "6",
+                       "--rollout_batch", "4", "--micro_batch", "2", "--ppo_epochs", "1", "--k", "1",
+                       "--steps", "3", "--json", str(tmp_path / "bench.json")])
+    assert [row["method"] for row in rows] == ["dvpo", "ppo"]
+    assert json.loads((tmp_path / "bench.json").read_text())["results"] == rows
+    for row in rows:
+        assert 0 < row["rollout_s"] + row["scoring_s"] + row["update_s"] <= row["step_s"]
+        assert 1 <= row["length"] <= 6 and row["models_gb"] > 0
+    assert "DVPO / PPO: step" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="exceed the context"):
+        bench.main(["--config", str(tmp_path / "config.json"), "--prompt", "200", "--response", "100"])
