@@ -77,6 +77,9 @@ def init_distributed():
         raise BadInput("DeepSpeed compiles a small communication library at its first use on the CPU and "
                        "needs a C++ compiler: install one (for example `apt-get install g++`) or set CXX to "
                        "its path.")
+    # DeepSpeed builds with the first `ninja` on the PATH. Always this environment's own: another version would
+    # build the library again at every switch between `deepspeed script.py` and `python script.py`
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     import deepspeed
     import logging
     from transformers.utils import logging as transformers_logging

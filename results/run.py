@@ -308,13 +308,15 @@ def baseline(grid, seeds):
     """PPO against exact advantages with 150 steps and more room for KL: is it a baseline worth beating? With
     the world's own reward in place of the reward model, too, which tells what the algorithm can do."""
     flags = ["--max_steps", 150, "--kl_target", 0.6]
-    runs = {"exact gae": [], "PPO, exact reward": [], "PPO": []}
+    runs = {"exact gae": [], "PPO, exact reward": [], "PPO": [], "PPO, beta 0.15 at first": []}
     for seed in seeds:
         runs["exact gae"].append(grid.dvpo("baseline/exact", seed, base(seed), "--advantage", "gae", *flags,
                                            values="exact"))
         runs["PPO, exact reward"].append(grid.ppo("baseline/ppo_exact", seed, base(seed), *flags,
                                                   "--reward_fn", "toy.exact:sampled_reward"))
         runs["PPO"].append(grid.ppo("baseline/ppo", seed, base(seed), *flags))
+        runs["PPO, beta 0.15 at first"].append(grid.ppo("baseline/ppo_0.15", seed, base(seed), *flags,
+                                                        "--kl_coef", 0.15))
     grid.execute()
     table = {name: over_seeds(found) for name, found in runs.items()}
     save_table("baseline", table, ["start", "reward", "highest", "gain", "kl", "length"])
