@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data import (
-    BadInput, has_policy_names, mistaken_ten, preference_pair, prompt_text, read_data, report_drops, score_of,
+    BadInput, all_pairs, has_policy_names, mistaken_ten, preference_pair, prompt_text, read_data, report_drops, score_of,
     split_of,
 )
 
@@ -592,3 +592,16 @@ def test_a_pair_is_drawn_from_what_may_be_taken():
     assert [r["text"] for r in preference_pair(record, 0, responses[1:])] == ["short", "bad"]
     assert preference_pair(record, 0, responses[:1]) is None and preference_pair(record, 0, []) is None
     assert preference_pair({**record, "shape": "pairs", "responses": responses[:2]}, 0, responses[:1]) is None
+
+
+def test_all_pairs_are_every_two_of_unequal_score():
+    """By hand: 9 > 5 = 5 > 2 gives five pairs; an answer without a score is in none; a pair stays that pair."""
+    responses = [{"text": text, "policy": None, "score": score}
+                 for text, score in (("b", 5.0), ("a", 9.0), ("none", None), ("c", 5.0), ("d", 2.0))]
+    record = {"shape": "ultrafeedback", "prompt": [{"role": "user", "content": "q"}], "responses": responses}
+    found = sorted((chosen["text"], rejected["text"]) for chosen, rejected in all_pairs(record, responses))
+    assert found == [("a", "b"), ("a", "c"), ("a", "d"), ("b", "d"), ("c", "d")]
+    assert all_pairs(record, responses[:1]) == []
+    pair = {**record, "shape": "pairs", "responses": responses[:2]}
+    assert [[r["text"] for r in two] for two in all_pairs(pair, responses[:2])] == [["b", "a"]]
+    assert all_pairs(pair, responses[:1]) == []

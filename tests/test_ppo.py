@@ -20,7 +20,7 @@ import train_rm
 from common import (answer_ids, chat_ids, collate, load_gvm, load_reward_model, load_tokenizer,
                     load_value_base, reward_scores)
 from conftest import clean_env, fingerprint, metrics, recorded, run_stage, word_tokenizer
-from data import BadInput
+from data import BadInput, read_data
 
 CPU = torch.device("cpu")
 CHAT = [{"role": "user", "content": "is thing1 red ?"}]
@@ -305,6 +305,30 @@ def test_the_reward_model_learns_the_datas_preference(chain, flags, tmp_path):
     assert rows[-1]["eval/accuracy"] >= 0.9 and rows[-1]["eval/margin"] > 0
     assert np.mean([row["loss"] for row in rows[-5:]]) < 0.5 < rows[0]["loss"]
     assert rows[-1]["lr"] == pytest.approx(1e-2 / 40)  # linear decay over the whole run
+
+
+def test_a_reward_model_of_all_pairs_sees_more_of_the_same_prompts(chain, flags, tmp_path, capsys):
+    """--pairs all: the rows are those of data.all_pairs, and the share of the prompts is the same."""
+    tokenizer, records = load_tokenizer(chain.sft), read_data(flags.rm["data"], False, log=lambda *text: None)
+    found = {kind: train_rm.preference_rows(records, tokenizer, train_rm.Args(
+        data=flags.rm["data"], max_length=64, pairs=kind)) for kind in ("one", "all")}
+    for one, all_ in zip(found["one"], found["all"]):
+        assert len(all_) > len(one) > 0
+        assert {tuple(prompt) for prompt, *_ in one} == {tuple(prompt) for prompt, *_ in all_}
+        assert {tuple(map(tuple, row)) for row in one} <= {tuple(map(tuple, row)) for row in all_}
+    run_stage(train_rm, **flags.rm, pairs="all", sft_model=chain.sft, output_dir=tmp_path)
+    assert f"{len(found['all'][0])} pairs" in capsys.readouterr().out
+
+
+def test_a_reward_of_ones_own_needs_no_reward_model(chain, flags, tmp_path, monkeypatch):
+    """--reward_fn: its numbers are the scores, and the critic starts from the SFT model."""
+    monkeypatch.setattr("toy_truth.constant", lambda rows, policy, tokenizer:
+                        [float(len(row["response_ids"])) for row in rows])
+    run_stage(train_ppo, **flags.ppo, sft_model=chain.sft, reward_fn="toy_truth:constant", output_dir=tmp_path)
+    rows = metrics(tmp_path)
+    assert len(rows) == 3 and all(row["critic/grad_norm"] > 0 for row in rows)
+    for row in rows:
+        assert row["objective/scores"] == pytest.approx(row["completions/mean_length"])
 
 
 # ---- where the critic starts, and what is on disk ----
