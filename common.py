@@ -492,8 +492,8 @@ def last_token_scores(model, prompts, responses, pad_id, device):
     by itself, "the last id that is not pad", is wrong where pad is the EOS.
     """
     batch = collate([p + r for p, r in zip(prompts, responses)], [[]] * len(prompts), pad_id, device)
-    return model(input_ids=batch.ids, attention_mask=batch.attention,
-                 position_ids=batch.positions).logits[:, 0].float()
+    return model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
+                 use_cache=False).logits[:, 0].float()
 
 
 @torch.no_grad()

@@ -191,7 +191,8 @@ def response_logprobs(model, batch, args):
 
 def response_values(critic, batch):
     """V(s_t) before each response token, [B, R] float32."""
-    logits = critic(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions).logits
+    logits = critic(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
+                    use_cache=False).logits
     return logits[:, batch.P - 1:-1, 0].float()
 
 
