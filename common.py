@@ -77,8 +77,8 @@ def init_distributed():
         raise BadInput("DeepSpeed compiles a small communication library at its first use on the CPU and "
                        "needs a C++ compiler: install one (for example `apt-get install g++`) or set CXX to "
                        "its path.")
-    # DeepSpeed builds with the first `ninja` on the PATH. Always this environment's own: another version would
-    # build the library again at every switch between `deepspeed script.py` and `python script.py`
+    # DeepSpeed builds with the first `ninja` on the PATH. Always this environment's own: another version
+    # would build the library again at every switch between `deepspeed script.py` and `python script.py`
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     import deepspeed
     import logging
@@ -316,8 +316,8 @@ def with_logprobs(lm):
     of 128 thousand they would be the largest tensor of a step.
 
     lm(input_ids=, attention_mask=, position_ids=, answers=[B, R] bool, temperature=, chunks=)
-    returns (log pi of the last R tokens, entropy), [B, R] float32, 0 where `answers` is False; in place of the
-            entropy None while gradients are recorded, because nothing asks for it there
+    returns (log pi of the last R tokens, entropy), [B, R] float32, 0 where `answers` is False; in place of
+            the entropy None while gradients are recorded, because nothing asks for it there
 
     Logits are made for answer tokens only, in `chunks` parts, float32 inside a part, and made again in the
     backward pass. `chunks` is the caller's: under ZeRO-3 every rank must ask for the head equally often.

@@ -420,8 +420,8 @@ def preference_pair(record, seed, responses=None):
 
 
 def all_pairs(record, responses):
-    """Every (chosen, rejected) of unequal scores among a record's responses, as InstructGPT takes them; of a
-    record that is a pair, that one."""
+    """Every (chosen, rejected) of unequal scores among a record's responses; of a record that is a pair, that
+    one."""
     if record["shape"] in ("binarized", "pairs"):
         pair = preference_pair(record, 0, responses)
         return [pair] if pair else []

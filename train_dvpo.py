@@ -256,14 +256,15 @@ def score(policy, reference, value, rows, tau, tokenizer, args, device):
 
 
 @torch.no_grad()
-def gvm_values(gvm, rows, tau, tokenizer, args, device):
+def gvm_values(gvm, rows, tau, tokenizer, args, device, share=True):
     """The frozen GVM's values, with tau in front of each prompt. One list of 1 + len(response) floats a row.
 
-    All rows begin with the same tau: its keys and values are computed once and copied into each micro batch.
+    share: all rows begin with the same tau, so that its keys and values are computed once and copied into
+           each micro batch. Not for sliding-window attention, which would count the padding behind tau
     """
     prompts = [chat_ids(tokenizer, row["prompt"], tau) for row in rows]
     shared, n = None, 0
-    if tau:
+    if tau and share:
         # the last prompt token stays a row's own: V(s_1) is read there
         n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
         shared = read_prefix(gvm, prompts[0][:max(n, 1)], device)
@@ -461,7 +462,7 @@ def main(args):
             raise BadInput(f"--value_model {folder}: it was trained with another tokenizer than {sft} has; "
                            f"train a GVM on this SFT model.")
         tokenizer.chat_template, k = settings["chat_template"], settings["k"]
-        value = lambda policy, rows, tau: gvm_values(gvm, rows, tau, tokenizer, args, device)
+        value = lambda policy, rows, tau: gvm_values(gvm, rows, tau, tokenizer, args, device, share)
     out = output_folder(args, "dvpo")
     train, test = rl_prompts(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
 
@@ -489,6 +490,7 @@ def main(args):
     frozen = engine if lora else freeze(frozen, config, device)
     reference = functools.partial(frozen, role="reference")
     if gvm is not None:
+        share = not getattr(gvm.config.get_text_config(), "sliding_window", None)
         gvm = functools.partial(frozen, role="gvm") if on_sft else freeze(gvm, config, device)
 
     log = MetricLog(out, show=["objective/true_reward", "objective/kl", "objective/kl_coef", "gvm/mean",

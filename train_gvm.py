@@ -266,7 +266,8 @@ def held_out_ranking(engine, pairs, tau_source, tokenizer, args, rank, world, de
 def values(model, prompts, responses, tokenizer, device):
     """[B, 1 + R] values of lists of prompt ids (tau included) and response ids, and the collated batch."""
     batch = collate(prompts, responses, tokenizer.pad_token_id, device)
-    logits = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions).logits
+    logits = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
+                   use_cache=False).logits
     return read_values(logits, batch.P), batch
 
 

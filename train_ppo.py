@@ -14,8 +14,9 @@ Departures:
 D1  The reward model's score is standardized to about [-1, 1] (rm.json), near the scale of train_gvm's
     rewards, so that one beta suits both scripts; what makes runs comparable is a common KL target. A model
     without rm.json keeps its own scale.
-D2  The critic starts from the reward model, as in InstructGPT (--critic_model names another start), and
-    --critic_warmup gives it rollout batches of its own before the policy moves.
+D2  The critic starts from the reward model, as in InstructGPT (with --reward_fn from the SFT model;
+    --critic_model names another start), and --critic_warmup gives it rollout batches of its own before the
+    policy moves.
 D4  The paper's "target KL 0.1" is read as the early stop on KL(old, new) per token; the controller has its
     own target.
 
@@ -55,7 +56,7 @@ class Args:
     sft_model: str = ""  # policy and reference, default runs/<model name>/sft
     reward_model: str = ""  # any causal one-label sequence classifier, default runs/<model name>/rm
     reward_fn: str = ""  # module:function giving rewards in place of the model, e.g. toy.exact:sampled_reward
-    critic_model: str = ""  # where the critic starts: a reward model (default: that one), GVM or SFT folder
+    critic_model: str = ""  # where the critic starts: reward model (default: that one), GVM or SFT model
     truth_fn: str = ""  # module:function giving a true reward that is logged and used by nothing
     lora_r: int = 0  # LoRA rank of policy and critic, merged at the end; 0 trains every weight
     lora_alpha: int = 32  # LoRA scale is alpha / r
@@ -226,7 +227,11 @@ def score(policy, reference, critic, reward, rows, tokenizer, args, device):
         old[micro, :R], entropy[micro, :R] = response_logprobs(policy, part, args)
         ref[micro, :R], _ = response_logprobs(reference, part, args)
         values[micro, :R] = response_values(critic, part)
-    return batch, old, ref, values, torch.tensor(reward(rows), device=device), entropy
+    scores = reward(rows)
+    if len(scores) != len(rows):
+        raise BadInput(f"--reward_fn returned {len(scores)} rewards for {len(rows)} rows: it must return one "
+                       f"for each.")
+    return batch, old, ref, values, torch.tensor(scores, device=device), entropy
 
 
 def model_scores(reward_model, rows, tokenizer, args, device):
@@ -456,6 +461,8 @@ def main(args):
     truth = load_plug(args.truth_fn, "--truth_fn") if args.truth_fn else None
     config = ds_config(args.ds_config, args.micro_batch, args.max_grad_norm)
     tokenizer = load_tokenizer(sft, "--sft_model")
+    if args.reward_fn and args.reward_model:
+        raise BadInput("--reward_fn and --reward_model both give the reward: leave one out.")
     if args.reward_fn:
         folder, plug, readers = sft, load_plug(args.reward_fn, "--reward_fn"), {}
         reward = lambda rows: [float(x) for x in plug(rows, engine, tokenizer)]

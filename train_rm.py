@@ -50,7 +50,7 @@ class Args:
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file
     split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
     allow_dropped: bool = False  # go on when more than 10 % of the pairs had to be dropped
-    pairs: Literal["one", "all"] = "one"  # of several scored answers: best and a lower one, or every two unequal
+    pairs: Literal["one", "all"] = "one"  # of several scored answers the best and a lower one, or every pair
     max_length: int = 1024  # prompt + response; longer ones are not paired, lost pairs are counted [tokens]
     # optimisation
     lr: float = 2e-5  # peak learning rate, linear decay to 0

@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from plan import count, plan, read_config
+from plan import FRAMEWORK_GB, count, kv_bytes, plan, read_config
 
 TEMPLATE = ("{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ ' ' + eos_token }}"
             "{% endif %} {% endfor %}")
@@ -47,10 +47,10 @@ def make_tokenizer(vocabulary):
 
 
 def make_models(folder, config, dtype, args):
-    """Folders sft, gvm and rm, with random weights and random adapters, and data.jsonl with prompts."""
+    """Folders sft, gvm and rm, with random weights and fresh adapters, and data.jsonl with prompts."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-    from common import load_value_base, lora_targets, tokenizer_fingerprint, value_head
+    from common import load_value_base, lora_targets, model_place, tokenizer_fingerprint, value_head
     tokenizer = make_tokenizer(config.vocab_size)
     torch.manual_seed(0)
     config.eos_token_id, config.pad_token_id, config.num_labels = 1, None, 1
@@ -66,7 +66,7 @@ def make_models(folder, config, dtype, args):
         torch.nn.init.normal_(value_head(model.get_base_model()).modules_to_save["default"].weight)
         model.save_pretrained(folder / name)
         del model
-    settings = {"base_model": str(folder / "sft"), "k": args.k, "tau_question_tokens": args.prompt,
+    settings = {"base_model": model_place(folder / "sft"), "k": args.k, "tau_question_tokens": args.prompt,
                 "tau_answer_tokens": args.response, "context": config.max_position_embeddings,
                 "chat_template": TEMPLATE, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
     (folder / "gvm/gvm.json").write_text(json.dumps(settings))
@@ -94,7 +94,8 @@ def measure(method, folder, args, extra=()):
     models = {"dvpo": ["--value_model", folder / "gvm"], "ppo": ["--reward_model", folder / "rm"]}[method]
     command = [sys.executable, f"train_{method}.py", "--model", "bench", "--sft_model", folder / "sft",
                *models, "--data", folder / "data.jsonl", "--output_dir", out,
-               "--ds_config", args.ds_config, "--rollout_batch", args.rollout_batch, "--micro_batch", args.micro_batch,
+               "--ds_config", args.ds_config, "--rollout_batch", args.rollout_batch,
+               "--micro_batch", args.micro_batch,
                "--accum_steps", args.accum_steps, "--ppo_epochs", args.ppo_epochs, "--lora_r", args.lora_r,
                "--max_prompt_length", args.prompt, "--response_length", args.response,
                "--max_steps", args.steps, "--eval_every", 0, "--sample_every", 10**6, "--early_stop_kl", 0,
@@ -106,20 +107,23 @@ def measure(method, folder, args, extra=()):
     median = lambda name: float(np.median([row[name] for row in rows[2:]]))
     result = {"rollout_s": median("timing/generation"), "scoring_s": median("timing/score"),
               "update_s": median("timing/train"), "step_s": median("timing/step_total"),
-              "length": median("completions/mean_length"), "peak_gb": rows[-1]["memory/peak_gb"]}
+              "length": median("completions/mean_length"), "longest": median("completions/max_length"),
+              "peak_gb": rows[-1]["memory/peak_gb"]}
+    result["method"] = method
     result["sampled_tokens_s"] = args.rollout_batch * result["length"] / result["rollout_s"]
     return result
 
 
 def bounds(row, config, args, bytes_per_weight):
     """Shares of what the GPU could do: {decoding_share, update_share}."""
-    weights, _, lora = count(config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * bytes_per_weight
-    cached = args.rollout_batch * kv * (args.prompt + args.response / 2)  # on average
-    read = args.response * (weights * bytes_per_weight + cached)
+    weights, head, _ = count(config)
+    weights -= head  # as large as the embedding, of which a token reads one row; nothing where they are tied
+    cached = args.rollout_batch * kv_bytes(config, bytes_per_weight) * (args.prompt + row["longest"] / 2)
+    batches = -(-args.rollout_batch // 64)  # generate() takes 64 rows at a time
+    read = row["longest"] * (batches * weights * bytes_per_weight + cached)
     flop = (4 if args.lora_r else 6) + (2 if args.gradient_checkpointing else 0)
-    tokens = args.ppo_epochs * args.rollout_batch * (args.prompt + row["length"])
+    models = 2 if row["method"] == "ppo" else 1  # policy and critic
+    tokens = models * args.ppo_epochs * args.rollout_batch * (args.prompt + row["length"])
     return {"decoding_share": read / (args.gb_s * 1e9) / row["rollout_s"],
             "update_share": flop * weights * tokens / (args.tflops * 1e12) / row["update_s"]}
 
@@ -140,16 +144,20 @@ def main(argv=None):
     add("--accum_steps", type=int, default=1, help="micro batches of one optimizer step")
     add("--ppo_epochs", type=int, default=4, help="passes over each rollout batch")
     add("--steps", type=int, default=12, help="steps; the first two are not counted")
-    add("--gradient_checkpointing", type=lambda x: x == "True", default=False, help="True or False")
+    add("--gradient_checkpointing", choices=["True", "False"], default="False", help="as the scripts' flag")
     add("--gb_s", type=float, default=4800, help="memory bandwidth of the GPU [GB/s]")
     add("--tflops", type=float, default=989, help="bf16 matrix rate of the GPU [TFLOP/s]")
     add("--json", default="", help="write the numbers there")
     args = parser.parse_args(argv)
-    config, ds = read_config(args.config), json.loads((ROOT / args.ds_config).read_text())
+    args.gradient_checkpointing = args.gradient_checkpointing == "True"
+    try:
+        config, ds = read_config(args.config), json.loads((ROOT / args.ds_config).read_text())
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        sys.exit(f"error: {args.config}, {args.ds_config}: cannot be read as JSON configs ({e}).")
     bytes_per_weight = 2 if ds.get("bf16", {}).get("enabled") else 4
     if args.steps < 3:
         sys.exit(f"error: --steps {args.steps}: the first two are not counted, take at least 3.")
-    needed = (1 + args.k) * (args.prompt + args.response)
+    needed = (1 + args.k) * (args.prompt + args.response + 1)
     if needed > config.max_position_embeddings:
         sys.exit(f"error: --k {args.k}: {needed} tokens of tau, prompt and answer exceed the context of "
                  f"{config.max_position_embeddings}: lower one.")
@@ -162,14 +170,15 @@ def main(argv=None):
             row = measure(method, folder, args)
             planned = plan(read_config(args.config), ds, 1, method, args.lora_r, args.gradient_checkpointing,
                            args.rollout_batch, args.micro_batch, args.prompt, args.response,
-                           args.k * (args.prompt + args.response))
-            row.update(method=method, models_gb=row["peak_gb"] - empty, planned_gb=planned["peak"])
+                           args.k * (args.prompt + args.response + 1))
+            row.update(models_gb=row["peak_gb"] - empty, planned_gb=planned["peak"] - FRAMEWORK_GB)
             if torch.cuda.is_available():
                 row.update(bounds(row, config, args, bytes_per_weight))
             results.append(row)
     columns = [name for name in results[0] if name != "method"]
     print(f"\n{count(config)[0] / 1e6:.1f} million parameters, {args.ds_config}, lora_r {args.lora_r}, "
-          f"k {args.k}, batch {args.rollout_batch}, prompt {args.prompt}, answer {args.response}, {args.steps} steps\n")
+          f"k {args.k}, batch {args.rollout_batch}, prompt {args.prompt}, answer {args.response}, "
+          f"{args.steps} steps\n")
     print("| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
     for row in results:
         print(f"| {row['method'].upper()} | " + " | ".join(f"{row[c]:.3f}" for c in columns) + " |")

@@ -31,8 +31,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
-GB, LOGIT_TOKENS = 1e9, 1024  # common.with_logprobs makes the logits of about this many tokens at a time
-FRAMEWORK_GB = 2.0  # CUDA context, NCCL buffers, fragmentation: a guess, not measured
+GB, LIVE = 1e9, 1e9  # DeepSpeed's stage3_max_live_parameters: so many gathered weights at a time
+LOGIT_TOKENS = 1024  # common.with_logprobs makes the logits of about this many tokens at a time
+FRAMEWORK_GB = 2.0  # CUDA context, NCCL's and DeepSpeed's buckets, fragmentation: a guess, not measured
 
 
 def read_config(path):
@@ -46,6 +47,12 @@ def count(config):
     linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
     head = 0 if config.tie_word_embeddings else model.get_output_embeddings().weight.numel()
     return model.num_parameters(), head, sum(m.in_features + m.out_features for m in linear)
+
+
+def kv_bytes(config, b):
+    """Keys and values of one token in all layers."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * b
 
 
 def layer_bytes(config, b):
@@ -92,20 +99,22 @@ def plan(config, ds, gpus, method, lora_r=0, checkpointing=False, rollout_batch=
 
     # the phases
     tokens, layers = prompt + response, config.num_hidden_layers
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv = 2 * layers * config.num_key_value_heads * head_dim * b
+    kv = kv_bytes(config, b)
     logits = min(LOGIT_TOKENS, micro_batch * response) * config.vocab_size * 4
     one_layer = micro_batch * tokens * layer_bytes(config, b)
     kept = one_layer * layers
     if checkpointing:  # the input of each layer, and one layer as it is made again
         kept = micro_batch * tokens * config.hidden_size * b * layers + one_layer
-    gathered = parameters * b if stage == 3 and gpus > 1 else 0
+    gathered, live = (parameters * b, min(parameters, LIVE) * b) if stage == 3 and gpus > 1 else (0, 0)
     phases = {
         "rollout: KV cache" + (" and gathered weights" if gathered else ""):
-            rollout_batch * tokens * kv + gathered,
-        "scoring: a layer, logits, tau":
-            one_layer + 2 * logits + (micro_batch * tau * kv if method == "dvpo" else 0),
-        "update: activations, logits": kept + 3 * logits,
+            min(rollout_batch, 64) * tokens * kv + gathered,  # generate() takes 64 rows at a time
+        # logits, log-probs, their exponential and the product
+        "scoring: a layer, logits": live + one_layer + 4 * logits,
+        # tau's keys and values once, and in front of those of each row
+        "scoring: a layer, tau": (method == "dvpo") * (
+            live + one_layer + kv * (tau + micro_batch * (tau + tokens))),
+        "update: activations, logits": live + kept + 3 * logits,
         # policy and critic step one after the other
         "update: float32 gradients":
             0 if offload or state == 6 else (lora or parameters) * 4 / share["optimizer"]}
@@ -134,8 +143,12 @@ def main(argv=None):
     try:
         config = read_config(args.config)
         ds = {Path(path).stem: json.loads(Path(path).read_text()) for path in args.ds_config}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        sys.exit(f"error: {args.config}, {' '.join(args.ds_config)}: cannot be read as JSON configs ({e}).")
+        if min(args.gpus) < 1:
+            sys.exit("error: --gpus must be at least 1.")
+        plan(config, ds[min(ds)], 1, "dvpo")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        sys.exit(f"error: {args.config}, {' '.join(args.ds_config)}: cannot be read as the config of a "
+                 f"Llama-like causal model and DeepSpeed configs ({e}).")
     flags = {name: getattr(args, name)
              for name in ("lora_r", "rollout_batch", "micro_batch", "prompt", "response", "tau")}
     rows = [{"ds_config": name, "gpus": gpus, "method": method,

@@ -1,7 +1,7 @@
-"""Preference data of the SFT policy's own answers on the toy, as InstructGPT collects it: the same prompts as in
---data, four samples of the policy each, scored by the world's noisy annotator.
+"""Preference data of the SFT policy's own answers on the toy, as InstructGPT collects it: the same prompts as
+in --data, four samples of the policy each, scored by the world's noisy annotator.
 
-    python results/own_answers.py --sft_model runs/toy/sft --data toy/build/preferences.jsonl --out own.jsonl
+    python results/own_answers.py --sft_model runs/toy/sft --data toy/build/preferences.jsonl --out x.jsonl
 
 The scripted policies of toy/build/preferences.jsonl never write a malformed answer, the SFT policy does in 9 %.
 """

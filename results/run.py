@@ -100,10 +100,11 @@ class Grid:
                           self.patched(patch) if patch else ROOT)
 
     def ppo(self, name, seed, base, *flags):
-        sft, rm = self.sft(base), self.rm(base)
+        sft, rm = self.sft(base), None if "--reward_fn" in flags else self.rm(base)
+        model = ["--reward_model", rm.folder] if rm else []
         return self.stage(f"{name}/{seed}", "train_ppo",
-                          ["--sft_model", sft.folder, "--reward_model", rm.folder, "--seed", seed,
-                           "--eval_every", 0, *flags], [sft, rm])
+                          ["--sft_model", sft.folder, *model, "--seed", seed, "--eval_every", 0, *flags],
+                          [sft, *([rm] if rm else [])])
 
     def quality(self, gvm):
         """evaluate.py gvm on it, as JSON."""
