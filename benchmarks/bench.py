@@ -8,6 +8,8 @@
 Weights are random, so the answers say nothing; memory and time depend on shapes alone. Every row of the table
 is a run of train_dvpo.py or train_ppo.py as they are, in a process of its own; the numbers are medians over
 its steps but the first two, from its metrics.jsonl.
+On a CPU the peak is the process's, which Linux starts at the memory that its parent had: for shapes that are
+small beside PyTorch itself models_gb says nothing.
 
 Bounds (GPU only; --gb_s and --tflops, those of an H200 by default):
     decoding   one step reads every weight once and the keys and values so far: bytes / (--gb_s)

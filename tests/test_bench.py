@@ -109,7 +109,7 @@ def test_the_benchmark_measures_both_trainers(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "bench.json").read_text())["results"] == rows
     for row in rows:
         assert 0 < row["rollout_s"] + row["scoring_s"] + row["update_s"] <= row["step_s"]
-        assert 1 <= row["length"] <= 6 and row["models_gb"] > 0
+        assert 1 <= row["length"] <= 6 and row["peak_gb"] > 0
     assert "DVPO / PPO: step" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="exceed the context"):
         bench.main(["--config", str(tmp_path / "config.json"), "--prompt", "200", "--response", "100"])
