@@ -343,13 +343,13 @@ def with_logprobs(lm):
         hidden = lm.base_model(**inputs).last_hidden_state
         hidden, targets = hidden[:, -R - 1:-1][answers], inputs["input_ids"][:, -R:][answers]   # [N, H], [N]
         parts = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks))
+        back_in_rows = lambda x: torch.zeros(answers.shape, device=hidden.device).masked_scatter(
+            answers, torch.cat(x))                                                       # N in parts -> [B, R]
         if torch.is_grad_enabled():
             parts = [checkpoint(logprobs, *part, temperature, use_reentrant=False) for part in parts]
-        else:
-            parts = [logprobs(*part, temperature) for part in parts]
-        logp, entropy = (None if x[0] is None else hidden.new_zeros(answers.shape, dtype=torch.float32)
-                         .masked_scatter(answers, torch.cat(x)) for x in zip(*parts))
-        return logp, entropy
+            return back_in_rows([logp for logp, _ in parts]), None
+        logp, entropy = zip(*[logprobs(*part, temperature) for part in parts])
+        return back_in_rows(logp), back_in_rows(entropy)
 
     lm.forward = forward
     return lm

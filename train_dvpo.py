@@ -453,7 +453,6 @@ def main(args):
     tokenizer = load_tokenizer(sft, "--sft_model")
     if args.value_fn:
         k, settings, plug = 0, {}, load_plug(args.value_fn, "--value_fn")
-        value = lambda policy, rows, tau: plug(rows, policy, tokenizer)
     else:
         folder = stage_folder(args.model, "gvm", args.value_model, "--value_model",
                               f"train_gvm.py --model {args.model}")
@@ -462,7 +461,6 @@ def main(args):
             raise BadInput(f"--value_model {folder}: it was trained with another tokenizer than {sft} has; "
                            f"train a GVM on this SFT model.")
         tokenizer.chat_template, k = settings["chat_template"], settings["k"]
-        value = lambda policy, rows, tau: gvm_values(gvm, rows, tau, tokenizer, args, device, share)
     out = output_folder(args, "dvpo")
     train, test = rl_prompts(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
 
@@ -475,7 +473,8 @@ def main(args):
                        f"{args.response_length} exceed the model's context of "
                        f"{policy.config.max_position_embeddings} tokens: lower one.")
     # The reference's weights are in memory once: a GVM that is LoRA on them, and a LoRA policy, use the same
-    lora, on_sft = None, not args.value_fn and settings["base_model"] == model_place(sft)
+    on_sft = not args.value_fn and settings["base_model"] == model_place(sft)
+    lora = None
     if args.lora_r:
         from peft import LoraConfig
         lora = LoraConfig(task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha,
@@ -489,9 +488,12 @@ def main(args):
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
     frozen = engine if lora else freeze(frozen, config, device)
     reference = functools.partial(frozen, role="reference")
-    if gvm is not None:
+    if args.value_fn:
+        value = lambda policy, rows, tau: plug(rows, policy, tokenizer)
+    else:
         share = not getattr(gvm.config.get_text_config(), "sliding_window", None)
         gvm = functools.partial(frozen, role="gvm") if on_sft else freeze(gvm, config, device)
+        value = lambda policy, rows, tau: gvm_values(gvm, rows, tau, tokenizer, args, device, share)
 
     log = MetricLog(out, show=["objective/true_reward", "objective/kl", "objective/kl_coef", "gvm/mean",
                                "completions/mean_length", "policy/clipfrac_avg", "timing/step_total"],

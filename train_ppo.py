@@ -452,6 +452,13 @@ def check_batches(args, world):
            f"{args.rollout_batch // size}")
 
 
+def check_context(model, flag, args):
+    context = getattr(model.config, "max_position_embeddings", 10**9)
+    if args.max_prompt_length + args.response_length > context:
+        raise BadInput(f"{flag}: its context of {context} tokens is shorter than --max_prompt_length "
+                       f"{args.max_prompt_length} + --response_length {args.response_length}.")
+
+
 def main(args):
     import deepspeed  # here, so that --help and a mistyped flag answer at once
     rank, world, device = init_distributed()
@@ -464,22 +471,17 @@ def main(args):
     if args.reward_fn and args.reward_model:
         raise BadInput("--reward_fn and --reward_model both give the reward: leave one out.")
     if args.reward_fn:
-        folder, plug, readers = sft, load_plug(args.reward_fn, "--reward_fn"), {}
+        start, plug = sft, load_plug(args.reward_fn, "--reward_fn")
         reward = lambda rows: [float(x) for x in plug(rows, engine, tokenizer)]
     else:
-        folder = stage_folder(args.model, "rm", args.reward_model, "--reward_model",
-                              f"train_rm.py --model {args.model}")
-        rm, rm_tokenizer, center, scale = load_reward_model(folder, dtype_of(config))
-        readers = {"--reward_model": rm}
-        reward = lambda rows: model_scores((rm, rm_tokenizer, center, scale), rows, tokenizer, args, device)
-    critic = load_critic(args.critic_model or folder, tokenizer, dtype_of(config))
-    for flag, model in {**readers, "--critic_model": critic}.items():
-        context = getattr(model.config, "max_position_embeddings", 10**9)
-        if args.max_prompt_length + args.response_length > context:
-            raise BadInput(f"{flag}: its context of {context} tokens is shorter than --max_prompt_length "
-                           f"{args.max_prompt_length} + --response_length {args.response_length}.")
-    if not args.reward_fn:
-        rm = freeze(rm, config, device)
+        start = stage_folder(args.model, "rm", args.reward_model, "--reward_model",
+                             f"train_rm.py --model {args.model}")
+        model, *of_its_own = load_reward_model(start, dtype_of(config))  # tokenizer, center, scale
+        check_context(model, "--reward_model", args)
+        reward_model = freeze(model, config, device), *of_its_own
+        reward = lambda rows: model_scores(reward_model, rows, tokenizer, args, device)
+    critic = load_critic(args.critic_model or start, tokenizer, dtype_of(config))
+    check_context(critic, "--critic_model", args)
     out = output_folder(args, "ppo")
     train, test = rl_prompts(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
 
@@ -492,29 +494,27 @@ def main(args):
         raise BadInput(f"--max_prompt_length {args.max_prompt_length} + --response_length "
                        f"{args.response_length} exceed the model's context of "
                        f"{policy.config.max_position_embeddings} tokens: lower one.")
-    # The reference's weights are in memory once: a LoRA policy uses the same
-    lora = None
-    if args.lora_r:
+    if args.lora_r:  # the policy is an adapter on the reference's weights, which are in memory once
         from peft import LoraConfig, get_peft_model
-        lora = LoraConfig(task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha,
-                          target_modules=lora_targets(policy))
+        policy = OneBase(policy, lora=LoraConfig(task_type="CAUSAL_LM", r=args.lora_r,
+                                                 lora_alpha=args.lora_alpha,
+                                                 target_modules=lora_targets(policy)))
         head = "score" if hasattr(critic, "score") else "classifier"
         critic = get_peft_model(critic, LoraConfig(task_type="TOKEN_CLS", r=args.lora_r,
                                                    lora_alpha=args.lora_alpha,
                                                    target_modules=lora_targets(critic),
                                                    modules_to_save=[head]),
                                 autocast_adapter_dtype=False)
-    frozen = OneBase(policy if lora else load_policy(sft, tokenizer, dtype_of(config), "--sft_model"), None,
-                     lora)
-    policy = frozen if lora else policy
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=args.lr,
                                   weight_decay=0.0)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
     critic_optimizer = torch.optim.AdamW([p for p in critic.parameters() if p.requires_grad],
                                          lr=args.critic_lr, weight_decay=0.0)
     critic, *_ = deepspeed.initialize(model=critic, optimizer=critic_optimizer, config=config)
-    frozen = engine if lora else freeze(frozen, config, device)
-    reference = functools.partial(frozen, role="reference")
+    if args.lora_r:
+        reference = functools.partial(engine, role="reference")
+    else:
+        reference = freeze(load_policy(sft, tokenizer, dtype_of(config), "--sft_model"), config, device)
 
     log = MetricLog(out, show=["objective/true_reward", "objective/kl", "objective/kl_coef",
                                "objective/scores", "completions/mean_length", "policy/clipfrac_avg",

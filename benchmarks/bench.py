@@ -18,6 +18,7 @@ Bounds (GPU only; --gb_s and --tflops, those of an H200 by default):
 """
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from plan import FRAMEWORK_GB, count, kv_bytes, plan, read_config
 
 TEMPLATE = ("{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ ' ' + eos_token }}"
             "{% endif %} {% endfor %}")
-LETTERS = 200  # words the prompts are made of
+PROMPT_WORDS = 200  # so many different words the prompts are made of
 
 
 def make_tokenizer(vocabulary):
@@ -55,6 +56,7 @@ def make_models(folder, config, dtype, args):
     from common import load_value_base, lora_targets, model_place, tokenizer_fingerprint, value_head
     tokenizer = make_tokenizer(config.vocab_size)
     torch.manual_seed(0)
+    config = copy.deepcopy(config)
     config.eos_token_id, config.pad_token_id, config.num_labels = 1, None, 1
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder / "sft")
@@ -78,7 +80,7 @@ def make_models(folder, config, dtype, args):
     rng = np.random.default_rng(0)
     with open(folder / "data.jsonl", "w") as f:
         for _ in range(60 * args.rollout_batch):
-            words = " ".join(f"w{i}" for i in rng.integers(LETTERS, size=args.prompt))
+            words = " ".join(f"w{i}" for i in rng.integers(PROMPT_WORDS, size=args.prompt))
             f.write(json.dumps({"prompt": words, "chosen": "w1", "rejected": "w2"}) + "\n")
 
 
@@ -90,7 +92,7 @@ def empty_process_gb():
     return float(done.stdout.split()[-1])
 
 
-def measure(method, folder, args, extra=()):
+def measure(method, folder, args):
     """Run a trainer; {number: median} of its steps but the first two."""
     out = folder / f"{method}_out"
     models = {"dvpo": ["--value_model", folder / "gvm"], "ppo": ["--reward_model", folder / "rm"]}[method]
@@ -101,7 +103,7 @@ def measure(method, folder, args, extra=()):
                "--accum_steps", args.accum_steps, "--ppo_epochs", args.ppo_epochs, "--lora_r", args.lora_r,
                "--max_prompt_length", args.prompt, "--response_length", args.response,
                "--max_steps", args.steps, "--eval_every", 0, "--sample_every", 10**6, "--early_stop_kl", 0,
-               "--gradient_checkpointing", args.gradient_checkpointing, *extra]
+               "--gradient_checkpointing", args.gradient_checkpointing]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"error: train_{method}.py failed:\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
@@ -170,7 +172,7 @@ def main(argv=None):
         empty = empty_process_gb()
         for method in args.methods:
             row = measure(method, folder, args)
-            planned = plan(read_config(args.config), ds, 1, method, args.lora_r, args.gradient_checkpointing,
+            planned = plan(config, ds, 1, method, args.lora_r, args.gradient_checkpointing,
                            args.rollout_batch, args.micro_batch, args.prompt, args.response,
                            args.k * (args.prompt + args.response + 1))
             row.update(models_gb=row["peak_gb"] - empty, planned_gb=planned["peak"] - FRAMEWORK_GB)

@@ -31,7 +31,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
-GB, LIVE = 1e9, 1e9  # DeepSpeed's stage3_max_live_parameters: so many gathered weights at a time
+GB = 1e9
+LIVE = 1e9  # DeepSpeed's stage3_max_live_parameters: so many gathered weights at a time
 LOGIT_TOKENS = 1024  # common.with_logprobs makes the logits of about this many tokens at a time
 FRAMEWORK_GB = 2.0  # CUDA context, NCCL's and DeepSpeed's buckets, fragmentation: a guess, not measured
 
@@ -49,10 +50,15 @@ def count(config):
     return model.num_parameters(), head, sum(m.in_features + m.out_features for m in linear)
 
 
+def widths(config):
+    """(width of all queries, width of all keys) of one layer."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head, config.num_key_value_heads * head
+
+
 def kv_bytes(config, b):
     """Keys and values of one token in all layers."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * b
+    return 2 * config.num_hidden_layers * widths(config)[1] * b
 
 
 def layer_bytes(config, b):
@@ -61,10 +67,8 @@ def layer_bytes(config, b):
     Two norms, which work in float32 (4 h each for what they read, b h for what they give), q, k and v before
     and after the rotation, the attention's output, and gate, up, its activation and their product.
     """
-    h, i = config.hidden_size, config.intermediate_size
-    head = getattr(config, "head_dim", None) or h // config.num_attention_heads
-    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
-    return 2 * (4 + b) * h + b * (2 * q + 3 * kv + q) + 4 * b * i
+    h, i, (q, kv) = config.hidden_size, config.intermediate_size, widths(config)
+    return 2 * (4 + b) * h + b * (3 * q + 3 * kv) + 4 * b * i
 
 
 def plan(config, ds, gpus, method, lora_r=0, checkpointing=False, rollout_batch=8, micro_batch=2, prompt=1024,
@@ -77,23 +81,19 @@ def plan(config, ds, gpus, method, lora_r=0, checkpointing=False, rollout_batch=
     zero = ds.get("zero_optimization", {})
     stage, offload = zero.get("stage", 0), "offload_optimizer" in zero
     state = 6 if ds.get("bf16", {}).get("bf16_optimizer_states") else 12
-    parameters, head, lora = count(config)
-    backbone, lora = parameters - head, lora * lora_r
-    of_gvm = count(config)[2] * 8  # the GVM's own adapter, rank 8
+    parameters, head, lora_rank_1 = count(config)
+    backbone, lora = parameters - head, lora_rank_1 * lora_r
 
-    # weights, and what of them is trained
+    # weights that are trained, and those that are not
     if method == "dvpo":
-        frozen = parameters + of_gvm
-        trained = lora or parameters
-        weights = frozen + trained
+        trained, frozen = lora or parameters, parameters + 8 * lora_rank_1  # the GVM's own adapter has rank 8
     else:  # the critic and the reward model have a backbone and a one-label head
         trained = 2 * lora or parameters + backbone
         frozen = parameters + backbone + (backbone if lora_r else 0)
-        weights = frozen + trained
     share = {"weights": gpus if stage == 3 else 1, "gradients": gpus if stage >= 2 else 1,
              "optimizer": gpus if stage >= 1 else 1}
     held = {"weights, trained": trained * b / share["weights"],
-            "weights, frozen": (weights - trained) * b / share["weights"],
+            "weights, frozen": frozen * b / share["weights"],
             "gradients": 0 if offload else trained * b / share["gradients"],
             "optimizer": 0 if offload else trained * state / share["optimizer"]}
 

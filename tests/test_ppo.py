@@ -185,7 +185,7 @@ def test_a_reward_model_that_ends_answers_otherwise_reads_the_text(baseline, cha
 
 def test_reward_model_and_reference_stay_and_policy_and_critic_move(baseline, chain):
     (reward, reward_before), (reference, reference_before) = baseline.frozen
-    assert reward.config.num_labels == 1 and reference.lm.lm_head  # these two models, in this order
+    assert reward.config.num_labels == 1 and reference.lm_head  # these two models, in this order
     assert fingerprint(reward) == reward_before and fingerprint(reference) == reference_before
     assert not any(p.requires_grad or p.grad is not None for m in (reward, reference) for p in m.parameters())
     start, end = load_file(chain.sft / "model.safetensors"), load_file(baseline.ppo / "model.safetensors")
