@@ -202,8 +202,26 @@ def ds_config(path, micro_batch=1, max_grad_norm=1.0):
     except (OSError, ValueError) as e:
         raise BadInput(f"--ds_config {path}: {e}; choose a JSON file from ds_configs/.") from None
     return {**config, "train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": 1,
-            "gradient_clipping": max_grad_norm, "managed_gradient_accumulation": False,
-            "zero_allow_untested_optimizer": True}
+            "gradient_clipping": 0.0 if is_plain(config) else max_grad_norm,  # plain: see clip_in_step
+            "managed_gradient_accumulation": False, "zero_allow_untested_optimizer": True}
+
+
+def is_plain(config):
+    """Neither ZeRO nor bf16: the optimizer steps on the model's own weights and gradients."""
+    return zero_stage(config) == 0 and dtype_of(config) == torch.float32
+
+
+def clip_in_step(optimizer, config, max_grad_norm):
+    """Without ZeRO and bf16 DeepSpeed clips gradients but keeps no norm of them. Here the optimizer itself
+    does it at the start of its step, where the gradients of all ranks are averaged already, and leaves the
+    norm where engine.get_global_grad_norm() looks for it. Nothing to do in any other case."""
+    def clip(optimizer, args, kwargs):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters,
+                                                                     max_grad_norm or float("inf"))
+
+    if is_plain(config):
+        optimizer.register_step_pre_hook(clip)
 
 
 def dtype_of(config):
@@ -344,7 +362,7 @@ def with_logprobs(lm):
         hidden, targets = hidden[:, -R - 1:-1][answers], inputs["input_ids"][:, -R:][answers]   # [N, H], [N]
         parts = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks))
         back_in_rows = lambda x: torch.zeros(answers.shape, device=hidden.device).masked_scatter(
-            answers, torch.cat(x))                                                       # N in parts -> [B, R]
+            answers, torch.cat(x))  # N in parts -> [B, R]
         if torch.is_grad_enabled():
             parts = [checkpoint(logprobs, *part, temperature, use_reentrant=False) for part in parts]
             return back_in_rows([logp for logp, _ in parts]), None
@@ -821,5 +839,9 @@ def peak_memory_gb(device):
     """Peak memory of this rank in GB: the GPU's allocator, or the process's resident peak on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    try:  # what getrusage says begins at the peak of the process that started this one
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+    except (OSError, TypeError):  # not Linux
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

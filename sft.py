@@ -24,9 +24,9 @@ from dataclasses import dataclass
 
 import torch
 
-from common import (MetricLog, all_sum, answer_ids, chat_ids, collate, ds_config, dtype_of, epoch_rows,
-                    init_distributed, load_policy, load_tokenizer, lora_targets, output_folder, parse_args,
-                    peak_memory_gb, print0, save_model, seed_everything, set_lr, split_batch)
+from common import (MetricLog, all_sum, answer_ids, chat_ids, clip_in_step, collate, ds_config, dtype_of,
+                    epoch_rows, init_distributed, load_policy, load_tokenizer, lora_targets, output_folder,
+                    parse_args, peak_memory_gb, print0, save_model, seed_everything, set_lr, split_batch)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
 
@@ -156,7 +156,8 @@ def main(args):
                                                  target_modules=lora_targets(model)),
                                "policy", autocast_adapter_dtype=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
-                                  weight_decay=0.0)
+                                  weight_decay=0.0, fused=True)
+    clip_in_step(optimizer, config, args.max_grad_norm)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     steps = math.ceil(args.epochs * len(train) / args.batch_size)
     steps = min(steps, args.max_steps) if args.max_steps > 0 else steps

@@ -43,11 +43,11 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, collate, cut_pair, ds_config,
-                    dtype_of, epoch_rows, freeze, gather_rows, generate, gvm_settings, init_distributed,
-                    keyed_rng, load_gvm, load_plug, load_policy, load_tokenizer, lora_targets, micro_batches,
-                    model_place, output_folder, parse_args, peak_memory_gb, print0, save_model,
-                    seed_everything, set_lr, stage_folder, tokenizer_fingerprint)
+from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, clip_in_step, collate, cut_pair,
+                    ds_config, dtype_of, epoch_rows, freeze, gather_rows, generate, gvm_settings,
+                    init_distributed, keyed_rng, load_gvm, load_plug, load_policy, load_tokenizer,
+                    lora_targets, micro_batches, model_place, output_folder, parse_args, peak_memory_gb,
+                    print0, save_model, seed_everything, set_lr, stage_folder, tokenizer_fingerprint)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
 
@@ -484,7 +484,8 @@ def main(args):
     frozen = OneBase(base, gvm if on_sft else None, lora)
     policy = frozen if lora else policy
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=args.lr,
-                                  weight_decay=0.0)
+                                  weight_decay=0.0, fused=True)
+    clip_in_step(optimizer, config, args.max_grad_norm)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
     frozen = engine if lora else freeze(frozen, config, device)
     reference = functools.partial(frozen, role="reference")

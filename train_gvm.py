@@ -35,8 +35,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import (MetricLog, all_sum, chat_ids, collate, cut_pair, ds_config, dtype_of, epoch_rows,
-                    gather_rows, init_distributed, keyed_rng, load_reward_model, load_tokenizer,
+from common import (MetricLog, all_sum, chat_ids, clip_in_step, collate, cut_pair, ds_config, dtype_of,
+                    epoch_rows, gather_rows, init_distributed, keyed_rng, load_reward_model, load_tokenizer,
                     load_value_base, lora_targets, model_place, output_folder, parse_args, peak_memory_gb,
                     print0, responses_that_fit, reward_scores, save_model, seed_everything, set_lr,
                     split_batch, stage_folder, td_loss, tokenizer_fingerprint)
@@ -315,7 +315,8 @@ def main(args):
     if args.max_length > context:
         raise BadInput(f"--max_length {args.max_length} exceeds the model's context of {context} tokens.")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
-                                  weight_decay=0.0)
+                                  weight_decay=0.0, fused=True)
+    clip_in_step(optimizer, config, args.max_grad_norm)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     tau_source = TauSource(train, tokenizer, context, vars(args))
     held_out_tau = TauSource([row for pair in pairs for row in pair], tokenizer, context, vars(args))

@@ -40,12 +40,12 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForTokenClassification
 
-from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, collate, disable_dropout,
-                    ds_config, dtype_of, epoch_rows, freeze, gather_rows, generate, init_distributed,
-                    keyed_rng, load_gvm, load_plug, load_policy, load_reward_model, load_tokenizer,
-                    load_value_base, lora_targets, micro_batches, output_folder, parse_args, peak_memory_gb,
-                    pretrained, print0, reward_scores, save_model, seed_everything, set_lr, stage_folder,
-                    tokenizer_fingerprint, value_head)
+from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, clip_in_step, collate,
+                    disable_dropout, ds_config, dtype_of, epoch_rows, freeze, gather_rows, generate,
+                    init_distributed, keyed_rng, load_gvm, load_plug, load_policy, load_reward_model,
+                    load_tokenizer, load_value_base, lora_targets, micro_batches, output_folder, parse_args,
+                    peak_memory_gb, pretrained, print0, reward_scores, save_model, seed_everything, set_lr,
+                    stage_folder, tokenizer_fingerprint, value_head)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
 
@@ -506,10 +506,12 @@ def main(args):
                                                    modules_to_save=[head]),
                                 autocast_adapter_dtype=False)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=args.lr,
-                                  weight_decay=0.0)
+                                  weight_decay=0.0, fused=True)
+    clip_in_step(optimizer, config, args.max_grad_norm)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
     critic_optimizer = torch.optim.AdamW([p for p in critic.parameters() if p.requires_grad],
-                                         lr=args.critic_lr, weight_decay=0.0)
+                                         lr=args.critic_lr, weight_decay=0.0, fused=True)
+    clip_in_step(critic_optimizer, config, args.max_grad_norm)
     critic, *_ = deepspeed.initialize(model=critic, optimizer=critic_optimizer, config=config)
     if args.lora_r:
         reference = functools.partial(engine, role="reference")

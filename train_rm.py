@@ -31,10 +31,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from common import (MetricLog, all_sum, disable_dropout, ds_config, dtype_of, epoch_rows, gather_rows,
-                    init_distributed, last_token_scores, load_tokenizer, lora_targets, model_place,
-                    output_folder, parse_args, peak_memory_gb, pretrained, print0, responses_that_fit,
-                    save_model, seed_everything, set_lr, split_batch, stage_folder, tokenizer_fingerprint)
+from common import (MetricLog, all_sum, clip_in_step, disable_dropout, ds_config, dtype_of, epoch_rows,
+                    gather_rows, init_distributed, last_token_scores, load_tokenizer, lora_targets,
+                    model_place, output_folder, parse_args, peak_memory_gb, pretrained, print0,
+                    responses_that_fit, save_model, seed_everything, set_lr, split_batch, stage_folder,
+                    tokenizer_fingerprint)
 from data import BadInput, all_pairs, preference_pair, prompt_text, read_data, report_drops, split_of
 
 
@@ -165,7 +166,8 @@ def main(args):
                                              target_modules=lora_targets(model), modules_to_save=["score"]),
                            autocast_adapter_dtype=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
-                                  weight_decay=0.0)
+                                  weight_decay=0.0, fused=True)
+    clip_in_step(optimizer, config, args.max_grad_norm)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     steps = math.ceil(args.epochs * len(train) / args.batch_size)
     steps = min(steps, args.max_steps) if args.max_steps > 0 else steps

@@ -8,8 +8,7 @@
 Weights are random, so the answers say nothing; memory and time depend on shapes alone. Every row of the table
 is a run of train_dvpo.py or train_ppo.py as they are, in a process of its own; the numbers are medians over
 its steps but the first two, from its metrics.jsonl.
-On a CPU the peak is the process's, which Linux starts at the memory that its parent had: for shapes that are
-small beside PyTorch itself models_gb says nothing.
+models_gb is the peak beyond that of a process that has imported everything and loaded no model.
 
 Bounds (GPU only; --gb_s and --tflops, those of an H200 by default):
     decoding   one step reads every weight once and the keys and values so far: bytes / (--gb_s)
@@ -132,7 +131,7 @@ def bounds(row, config, args, bytes_per_weight):
             "update_share": flop * weights * tokens / (args.tflops * 1e12) / row["update_s"]}
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -154,6 +153,11 @@ def main(argv=None):
     add("--json", default="", help="write the numbers there")
     args = parser.parse_args(argv)
     args.gradient_checkpointing = args.gradient_checkpointing == "True"
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
     try:
         config, ds = read_config(args.config), json.loads((ROOT / args.ds_config).read_text())
     except (OSError, ValueError, KeyError, TypeError) as e:

@@ -49,7 +49,7 @@ def weights_after_one_step(stage, flags, monkeypatch, **changes):
     if stage is train_ppo:
         recorded(monkeypatch, stage, "update", updates)
 
-    def sgd(params, lr, weight_decay):
+    def sgd(params, lr, **settings):
         params = list(params)
         start.extend((p, p.detach().clone()) for p in params)
         return torch.optim.SGD(params, lr=lr)
@@ -89,6 +89,22 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(stage, name, flags, cha
         steps.append(weights_after_one_step(stage, getattr(flags, name), monkeypatch, **changes))
     assert_same_step(steps[0], steps[1])
     assert_same_step(steps[0], steps[2])
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_gradients_are_clipped_and_their_norm_is_told(zero, flags, tmp_path, monkeypatch):
+    """A step of SGD with lr 0.1 is as long as 0.1 x the clipped gradient; the log has the norm before that."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": zero}}))
+    norms, lengths = [], []
+    for limit in (1e6, 0.01):
+        out = tmp_path / str(limit)
+        moved = weights_after_one_step(sft, flags.sft, monkeypatch, max_grad_norm=limit, warmup_steps=1,
+                                       ds_config=config, output_dir=out)
+        lengths.append(sum((after - before).square().sum() for before, after in moved.values()).sqrt() / 0.1)
+        norms.append(metrics(out)[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0.1
+    assert lengths[0] == pytest.approx(norms[0], rel=1e-3) and lengths[1] == pytest.approx(0.01, rel=1e-3)
 
 
 def test_the_sft_step_is_the_gradient_of_the_mean_over_tokens(flags, models_folder, tmp_path, monkeypatch):
