@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser,
                           LogitsProcessor, LogitsProcessorList)
+from transformers.modeling_outputs import TokenClassifierOutput
 
 from data import BadInput
 
@@ -248,8 +249,9 @@ def freeze(model, config, device):
     return engine
 
 
-def set_lr(engine, lr):
-    for group in engine.optimizer.param_groups:
+def set_lr(engine, *lrs):
+    """One learning rate for each group of parameters."""
+    for group, lr in zip(engine.optimizer.param_groups, lrs, strict=True):
         group["lr"] = lr
 
 
@@ -430,47 +432,75 @@ def load_gvm(folder, dtype, flag="--value_model", lm=None):
 
 
 class OneBase(torch.nn.Module):
-    """Reference, and policy and GVM where they are LoRA on its weights, in one copy of these frozen weights.
+    """Several models that are LoRA adapters and heads on the same frozen weights, in one copy of these.
 
     model(role="reference", ...)  no adapter, LM head
-    model(role="policy", ...)     its own LoRA adapter on, LM head; only with `lora`
-    model(role="gvm", ...)        the GVM's adapter on, value head; only with `gvm`
+    model(role="policy", ...)     its own trained adapter, LM head; only with `lora`
+    model(role="gvm", ...)        the GVM's adapter and head; only with `gvm`
+    model(role="reward", ...)     a reward model's adapter and head, read at the last position, [B, 1]; only
+                                  with `reward`, which takes `lora`. Standardized: (score - center) / scale
+    model(role="critic", ...)     the same at every position, [B, T, 1], and trained
+
+    A role stays on until the next one: with gradient checkpointing backward runs its forward pass again.
 
     lm: causal LM;  gvm: what load_gvm(..., lm=lm) returned;  lora: peft config of a policy that is trained
+    reward: (folder of a LoRA reward model on the same weights, center, scale)
     """
 
-    def __init__(self, lm, gvm=None, lora=None):
+    def __init__(self, lm, gvm=None, lora=None, reward=None):
         super().__init__()
         from peft import PeftModel, get_peft_model
         from peft.tuners.lora import LoraLayer
         lm.requires_grad_(False)
-        self.adapters = lm
+        self.adapters, self.heads = lm, torch.nn.ModuleDict()
         if gvm is not None:
             self.adapters, self.lm_head = gvm.requires_grad_(False), lm.get_output_embeddings()
             if lora is not None:  # the base class's way: a token classifier would add a second value head
                 PeftModel.add_adapter(gvm, "policy", lora, autocast_adapter_dtype=False)
         elif lora is not None:
             self.adapters = get_peft_model(lm, lora, "policy", autocast_adapter_dtype=False)
+        for role in ("reward", "critic") if reward else ():
+            folder, center, scale = reward
+            self.adapters.load_adapter(folder, role, autocast_adapter_dtype=False)
+            self.heads[role] = standardized_head(folder, center, scale, lm)
         # Not registered: its parts are, each on one path, because DeepSpeed hooks a module once a path
-        object.__setattr__(self, "lm", lm)
+        object.__setattr__(self, "lm", disable_dropout(lm))
         self.config, self.lora = lm.config, [m for m in self.adapters.modules() if isinstance(m, LoraLayer)]
-        self.home = "policy" if lora else "reference"
-        self.use(self.home)
+        self.trained = {role: [p for name, p in self.named_parameters() if f".{role}." in name]
+                        for role in ("policy", "critic")}
+        self.heads.requires_grad_(False)
+        self.use("policy" if lora else "reference")
 
     def use(self, role):
         for layer in self.lora:
             layer.enable_adapters(role != "reference")
             if role != "reference":  # "default" is how peft calls the adapter of a folder
-                layer.set_adapter("default" if role == "gvm" else role, inference_mode=role == "gvm")
+                layer.set_adapter("default" if role == "gvm" else role, inference_mode=True)
+        for p in self.trained["policy"] + self.trained["critic"]:
+            p.requires_grad_(True)  # peft's switches turn it off
 
     def forward(self, role="policy", **inputs):
         self.use(role)
-        output = (self.adapters if role == "gvm" else self.lm)(**inputs)
-        self.use(self.home)  # peft's switch turns requires_grad with it
-        return output
+        if role not in self.heads:
+            return (self.adapters if role == "gvm" else self.lm)(**inputs)
+        hidden = self.lm.base_model(**inputs).last_hidden_state
+        return TokenClassifierOutput(logits=self.heads[role](hidden[:, -1] if role == "reward" else hidden))
 
     def generate(self, *args, **kwargs):
+        self.use("policy")
         return self.lm.generate(*args, **kwargs)
+
+
+def standardized_head(folder, center, scale, lm):
+    """Linear(h, 1) that gives (score - center) / scale, from the head in a reward model's adapter folder."""
+    from safetensors.torch import load_file
+    weight, = (w for name, w in load_file(Path(folder) / "adapter_model.safetensors").items()
+               if name.endswith("score.weight"))
+    head = torch.nn.Linear(weight.shape[1], 1, device=lm.device, dtype=lm.dtype)
+    with torch.no_grad():
+        head.weight.copy_(weight / scale)
+        head.bias.fill_(-center / scale)
+    return head
 
 
 def load_reward_model(folder, dtype, flag="--reward_model"):
@@ -493,14 +523,18 @@ def load_reward_model(folder, dtype, flag="--reward_model"):
                            f"one with train_rm.py or name another.")
     # No id equals -1, so that transformers takes the last position for the last token (see last_token_scores)
     model.config.pad_token_id = -1
-    center, scale = 0.0, 1.0
-    if (Path(folder) / "rm.json").exists():
-        try:
-            settings = json.loads((Path(folder) / "rm.json").read_text())
-            center, scale = float(settings["center"]), float(settings["scale"])
-        except (ValueError, KeyError, TypeError) as e:
-            raise BadInput(f"{flag} {folder}: its rm.json cannot be read ({e!r}); train it again.") from None
-    return disable_dropout(model).eval(), tokenizer, center, scale
+    return disable_dropout(model).eval(), tokenizer, *reward_scale(folder, flag)
+
+
+def reward_scale(folder, flag="--reward_model"):
+    """(center, scale) of the scores, as train_rm.py recorded them; (0, 1) for any other model."""
+    if not (Path(folder) / "rm.json").exists():
+        return 0.0, 1.0
+    try:
+        settings = json.loads((Path(folder) / "rm.json").read_text())
+        return float(settings["center"]), float(settings["scale"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise BadInput(f"{flag} {folder}: its rm.json cannot be read ({e!r}); train it again.") from None
 
 
 def last_token_scores(model, prompts, responses, pad_id, device):
@@ -609,13 +643,13 @@ def cut_pair(tokenizer, messages, answer, settings):
 Batch = namedtuple("Batch", "ids attention positions mask P")
 
 
-def collate(prompts, responses, pad_id, device="cpu"):
+def collate(prompts, responses, pad_id, device="cpu", multiple=1):
     """Lists of token ids -> one padded batch: prompts padded on the left to P slots,
-    responses on the right to R.
+    responses on the right to R; P is a multiple of `multiple`.
 
     ids, attention, positions: [B, T] long;  mask: [B, R] bool, True on every response token, EOS included.
     """
-    P, R = max(map(len, prompts)), max(map(len, responses))
+    P, R = -(-max(map(len, prompts)) // multiple) * multiple, max(map(len, responses))
     ids = torch.full((len(prompts), P + R), pad_id)
     attention = torch.zeros_like(ids)
     for i, (p, r) in enumerate(zip(prompts, responses)):
@@ -682,22 +716,26 @@ def whole_weights(engine):
 
 
 @torch.no_grad()
-def generate(engine, prompts, seeds, max_new_tokens, temperature, tokenizer, device, batch=64):
+def generate(engine, prompts, seeds, max_new_tokens, temperature, tokenizer, device, static_cache=False,
+             batch=64):
     """Sample one answer per prompt from softmax(logits / temperature); temperature 0 is greedy.
 
     prompts: B lists of token ids;  seeds: B integers, one per row
+    static_cache: keys and values in tensors of a fixed size, with which transformers compiles the decoding
+             step on a GPU; prompts are padded to a multiple of 64, so that few sizes are compiled
     returns  B lists of sampled ids, cut behind the first EOS; an answer without EOS was truncated at
              max_new_tokens
     """
     answers = []
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
+                              cache_implementation="static" if static_cache else None,
                               eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     with whole_weights(engine) as model:
         was_training = model.training
         model.eval()
         for i in range(0, len(prompts), batch):
             rows = collate(prompts[i:i + batch], [[]] * len(prompts[i:i + batch]), tokenizer.pad_token_id,
-                           device)
+                           device, 64 if static_cache else 1)
             noise = [GumbelNoise(seeds[i:i + batch], temperature, device)] if temperature > 0 else []
             out = model.generate(rows.ids, attention_mask=rows.attention, generation_config=config,
                                  logits_processor=LogitsProcessorList(noise))

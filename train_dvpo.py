@@ -70,6 +70,7 @@ class Args:
     rollout_batch: int = 8  # prompts per step on one rank
     response_length: int = 1024  # at most this many sampled tokens per answer [tokens]
     temperature: float = 1.0  # of the sampler and of every log-prob
+    static_cache: bool = False  # compiled decoding on a GPU; costs a minute or more at the first rollout
     missing_eos_penalty: float = 0.0  # taken off the last token of a truncated answer [reward]
     # algorithm
     advantage: Literal["gae", "q", "released"] = "gae"  # GAE on the values, the paper's, the authors' code
@@ -209,7 +210,7 @@ def rollout(policy, rows, seeds, tokenizer, args, device):
     """Sample one answer per prompt row. Adds response_ids, response (text) and
     truncated to copies of the rows."""
     answers = generate(policy, [row["prompt_ids"] for row in rows], seeds, args.response_length,
-                       args.temperature, tokenizer, device)
+                       args.temperature, tokenizer, device, args.static_cache)
     return [{**row, "response_ids": ids, "truncated": ids[-1] != tokenizer.eos_token_id,
              "response": tokenizer.decode(ids, skip_special_tokens=True)} for row, ids in zip(rows, answers)]
 

@@ -40,12 +40,12 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForTokenClassification
 
-from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, clip_in_step, collate,
+from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, check_head, clip_in_step, collate,
                     disable_dropout, ds_config, dtype_of, epoch_rows, freeze, gather_rows, generate,
                     init_distributed, keyed_rng, load_gvm, load_plug, load_policy, load_reward_model,
-                    load_tokenizer, load_value_base, lora_targets, micro_batches, output_folder, parse_args,
-                    peak_memory_gb, pretrained, print0, reward_scores, save_model, seed_everything, set_lr,
-                    stage_folder, tokenizer_fingerprint, value_head)
+                    load_tokenizer, load_value_base, lora_targets, micro_batches, model_place, output_folder,
+                    parse_args, peak_memory_gb, pretrained, print0, reward_scale, reward_scores, save_model,
+                    seed_everything, set_lr, stage_folder, tokenizer_fingerprint, value_head)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
 
@@ -60,6 +60,7 @@ class Args:
     truth_fn: str = ""  # module:function giving a true reward that is logged and used by nothing
     lora_r: int = 0  # LoRA rank of policy and critic, merged at the end; 0 trains every weight
     lora_alpha: int = 32  # LoRA scale is alpha / r
+    share_base: bool = False  # all four models as LoRA on one copy of the weights; needs --lora_r
     # data
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file; prompts only
     split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
@@ -69,6 +70,7 @@ class Args:
     rollout_batch: int = 8  # prompts per step on one rank
     response_length: int = 1024  # at most this many sampled tokens per answer [tokens]
     temperature: float = 1.0  # of the sampler and of every log-prob
+    static_cache: bool = False  # compiled decoding on a GPU; costs a minute or more at the first rollout
     missing_eos_penalty: float = 0.0  # taken off the last token of a truncated answer [reward]
     # algorithm
     gae_lam: float = 0.95  # lambda of GAE
@@ -206,7 +208,7 @@ def rollout(policy, rows, seeds, tokenizer, args, device):
     """Sample one answer per prompt row. Adds response_ids, response (text) and
     truncated to copies of the rows."""
     answers = generate(policy, [row["prompt_ids"] for row in rows], seeds, args.response_length,
-                       args.temperature, tokenizer, device)
+                       args.temperature, tokenizer, device, args.static_cache)
     return [{**row, "response_ids": ids, "truncated": ids[-1] != tokenizer.eos_token_id,
              "response": tokenizer.decode(ids, skip_special_tokens=True)} for row, ids in zip(rows, answers)]
 
@@ -279,14 +281,17 @@ def update(engine, critic, batch, old_logp, advantage, old_values, returns, step
     """args.ppo_epochs passes of clipped policy gradient and of value regression over a rollout batch, in
     optimizer batches of micro_batch x accum_steps rows a rank. Shapes as in policy_loss and value_loss.
 
+    critic: an engine of its own; with --share_base a role of `engine`, whose one step moves both, so that
+            clipping sees the gradients of both
     returns (metrics averaged over the tokens of all updates,
              largest |ratio - 1| of the very first micro batch)
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     totals, tokens, updates, first_ratio, stopped = torch.zeros(7), 0, 0, None, False
     warming, grad_norm, critic_grad_norm = step < args.critic_warmup, 0.0, 0.0
+    learner = engine if args.share_base else critic  # whose optimizer has the critic's weights
     engine.train()
-    critic.train()
+    learner.train()
     for epoch in range(args.ppo_epochs):
         order = keyed_rng(args.seed, step, epoch, rank).permutation(len(batch.ids))
         for rows in np.split(order, len(order) // (args.micro_batch * args.accum_steps)):
@@ -303,18 +308,20 @@ def update(engine, critic, batch, old_logp, advantage, old_values, returns, step
                     engine.backward(loss * world / n)
                 v_loss, v_clipped = value_loss(response_values(critic, part), old_values[micro, :R],
                                                returns[micro, :R], part.mask, args.cliprange_value)
-                critic.backward(v_loss * world / n)
+                learner.backward(v_loss * world / n)
                 sums += torch.cat([stats, torch.stack([loss, v_loss, v_clipped]).detach()]).cpu()
                 if first_ratio is None:
                     moved = (logp.detach() - old_logp[micro, :R]) * part.mask
                     first_ratio = moved.expm1().abs().max().item()
-            if not warming:
+            if args.share_base:
+                set_lr(engine, 0.0 if warming else args.lr, args.critic_lr)
+            else:
                 set_lr(engine, args.lr)
-                engine.step()
-                grad_norm += float(engine.get_global_grad_norm() or 0.0)
-            set_lr(critic, args.critic_lr)
-            critic.step()
-            critic_grad_norm += float(critic.get_global_grad_norm() or 0.0)
+                set_lr(critic, args.critic_lr)
+            for one in [engine] if args.share_base else [critic] if warming else [engine, critic]:
+                one.step()
+            grad_norm += float(engine.get_global_grad_norm() or 0.0)  # none before its first step
+            critic_grad_norm += float(learner.get_global_grad_norm() or 0.0)
             sums = torch.tensor(all_sum(*sums.tolist(), device=device))
             totals, tokens, updates = totals + sums, tokens + n, updates + 1
             # The statistic is the same number on all ranks, so all of them leave
@@ -452,6 +459,20 @@ def check_batches(args, world):
            f"{args.rollout_batch // size}")
 
 
+def check_shared(args, folder, sft):
+    if not args.lora_r or args.reward_fn or args.critic_model:
+        raise BadInput("--share_base takes policy, critic and reward model as LoRA on the SFT model: give "
+                       "--lora_r, a LoRA --reward_model and neither --reward_fn nor --critic_model.")
+    try:
+        base = json.loads((Path(folder) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        check_head(folder, "--reward_model")
+    except (OSError, ValueError, KeyError):
+        base = None
+    if base is None or model_place(base) != model_place(sft):
+        raise BadInput(f"--share_base: the reward model {folder} is not LoRA on the SFT model {sft}; train "
+                       f"one with train_rm.py, or leave --share_base out.")
+
+
 def check_context(model, flag, args):
     context = getattr(model.config, "max_position_embeddings", 10**9)
     if args.max_prompt_length + args.response_length > context:
@@ -476,18 +497,22 @@ def main(args):
     else:
         start = stage_folder(args.model, "rm", args.reward_model, "--reward_model",
                              f"train_rm.py --model {args.model}")
-        model, *of_its_own = load_reward_model(start, dtype_of(config))  # tokenizer, center, scale
-        check_context(model, "--reward_model", args)
-        reward_model = freeze(model, config, device), *of_its_own
+        if not args.share_base:
+            model, *of_its_own = load_reward_model(start, dtype_of(config))  # tokenizer, center, scale
+            check_context(model, "--reward_model", args)
+            reward_model = freeze(model, config, device), *of_its_own
         reward = lambda rows: model_scores(reward_model, rows, tokenizer, args, device)
-    critic = load_critic(args.critic_model or start, tokenizer, dtype_of(config))
-    check_context(critic, "--critic_model", args)
+    if args.share_base:
+        check_shared(args, start, sft)
+    else:
+        critic = load_critic(args.critic_model or start, tokenizer, dtype_of(config))
+        check_context(critic, "--critic_model", args)
     out = output_folder(args, "ppo")
     train, test = rl_prompts(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
 
     policy = load_policy(sft, tokenizer, dtype_of(config), "--sft_model")
     if args.gradient_checkpointing:
-        for model in (policy, critic):
+        for model in (policy,) if args.share_base else (policy, critic):
             model.activation_checkpointing_enable({"use_reentrant": False})
     if (args.max_prompt_length + args.response_length
             > getattr(policy.config, "max_position_embeddings", 10**9)):
@@ -496,23 +521,32 @@ def main(args):
                        f"{policy.config.max_position_embeddings} tokens: lower one.")
     if args.lora_r:  # the policy is an adapter on the reference's weights, which are in memory once
         from peft import LoraConfig, get_peft_model
+        shared = (start, *reward_scale(start)) if args.share_base else None
         policy = OneBase(policy, lora=LoraConfig(task_type="CAUSAL_LM", r=args.lora_r,
                                                  lora_alpha=args.lora_alpha,
-                                                 target_modules=lora_targets(policy)))
-        head = "score" if hasattr(critic, "score") else "classifier"
-        critic = get_peft_model(critic, LoraConfig(task_type="TOKEN_CLS", r=args.lora_r,
-                                                   lora_alpha=args.lora_alpha,
-                                                   target_modules=lora_targets(critic),
-                                                   modules_to_save=[head]),
-                                autocast_adapter_dtype=False)
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=args.lr,
-                                  weight_decay=0.0, fused=True)
+                                                 target_modules=lora_targets(policy)), reward=shared)
+        if not args.share_base:
+            head = "score" if hasattr(critic, "score") else "classifier"
+            critic = get_peft_model(critic, LoraConfig(task_type="TOKEN_CLS", r=args.lora_r,
+                                                       lora_alpha=args.lora_alpha,
+                                                       target_modules=lora_targets(critic),
+                                                       modules_to_save=[head]),
+                                    autocast_adapter_dtype=False)
+    groups = ([policy.trained["policy"], policy.trained["critic"]] if args.share_base else
+              [[p for p in policy.parameters() if p.requires_grad]])
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=args.lr, weight_decay=0.0,
+                                  fused=True)
     clip_in_step(optimizer, config, args.max_grad_norm)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
-    critic_optimizer = torch.optim.AdamW([p for p in critic.parameters() if p.requires_grad],
-                                         lr=args.critic_lr, weight_decay=0.0, fused=True)
-    clip_in_step(critic_optimizer, config, args.max_grad_norm)
-    critic, *_ = deepspeed.initialize(model=critic, optimizer=critic_optimizer, config=config)
+    if args.share_base:
+        critic = functools.partial(engine, role="critic")
+        reward_model = (functools.partial(engine, role="reward"), load_tokenizer(start, "--reward_model"),
+                        0.0, 1.0)  # standardized already
+    else:
+        critic_optimizer = torch.optim.AdamW([p for p in critic.parameters() if p.requires_grad],
+                                             lr=args.critic_lr, weight_decay=0.0, fused=True)
+        clip_in_step(critic_optimizer, config, args.max_grad_norm)
+        critic, *_ = deepspeed.initialize(model=critic, optimizer=critic_optimizer, config=config)
     if args.lora_r:
         reference = functools.partial(engine, role="reference")
     else:

@@ -2,9 +2,9 @@
 does without.
 
 Pair-wise (Bradley-Terry) loss:   -log sigmoid( r(x, y_chosen) - r(x, y_rejected) )
-The score is read at the answer's last token (EOS). It sees the same share of the prompts as train_gvm.py: with
---pairs one, of several scored answers the same pair as `--reward preference` there; with --pairs all every
-pair of unequal scores, which is what `--reward score` sees of them but for the distances.
+The score is read at the answer's last token (EOS). It sees the same share of the prompts as train_gvm.py:
+with --pairs one, of several scored answers the same pair as `--reward preference` there; with --pairs all
+every pair of unequal scores, which is what `--reward score` sees of them but for the distances.
 
 Departures:
 D1  The paper's batch of 4 pairs cannot be dealt to 8 ranks; the default is 8 pairs.

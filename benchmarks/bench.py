@@ -94,10 +94,11 @@ def empty_process_gb():
 def measure(method, folder, args):
     """Run a trainer; {number: median} of its steps but the first two."""
     out = folder / f"{method}_out"
-    models = {"dvpo": ["--value_model", folder / "gvm"], "ppo": ["--reward_model", folder / "rm"]}[method]
-    command = [sys.executable, f"train_{method}.py", "--model", "bench", "--sft_model", folder / "sft",
-               *models, "--data", folder / "data.jsonl", "--output_dir", out,
-               "--ds_config", args.ds_config, "--rollout_batch", args.rollout_batch,
+    ppo = ["--reward_model", folder / "rm", "--share_base", method == "ppo_shared"]
+    models = ["--value_model", folder / "gvm"] if method == "dvpo" else ppo
+    command = [sys.executable, "train_dvpo.py" if method == "dvpo" else "train_ppo.py", "--model", "bench",
+               "--sft_model", folder / "sft", *models, "--data", folder / "data.jsonl", "--output_dir", out,
+               "--static_cache", args.static_cache, "--ds_config", args.ds_config, "--rollout_batch", args.rollout_batch,
                "--micro_batch", args.micro_batch,
                "--accum_steps", args.accum_steps, "--ppo_epochs", args.ppo_epochs, "--lora_r", args.lora_r,
                "--max_prompt_length", args.prompt, "--response_length", args.response,
@@ -105,7 +106,7 @@ def measure(method, folder, args):
                "--gradient_checkpointing", args.gradient_checkpointing]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"error: train_{method}.py failed:\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+        sys.exit(f"error: {method} failed:\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     median = lambda name: float(np.median([row[name] for row in rows[2:]]))
     result = {"rollout_s": median("timing/generation"), "scoring_s": median("timing/score"),
@@ -125,7 +126,7 @@ def bounds(row, config, args, bytes_per_weight):
     batches = -(-args.rollout_batch // 64)  # generate() takes 64 rows at a time
     read = row["longest"] * (batches * weights * bytes_per_weight + cached)
     flop = (4 if args.lora_r else 6) + (2 if args.gradient_checkpointing else 0)
-    models = 2 if row["method"] == "ppo" else 1  # policy and critic
+    models = 1 if row["method"] == "dvpo" else 2  # policy and critic
     tokens = models * args.ppo_epochs * args.rollout_batch * (args.prompt + row["length"])
     return {"decoding_share": read / (args.gb_s * 1e9) / row["rollout_s"],
             "update_share": flop * weights * tokens / (args.tflops * 1e12) / row["update_s"]}
@@ -137,7 +138,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--config", default=str(ROOT / "benchmarks/configs/tiny.json"), help="config.json of the shape")
     add("--ds_config", default="ds_configs/fp32.json", help="DeepSpeed config")
-    add("--methods", nargs="+", default=["dvpo", "ppo"], choices=["dvpo", "ppo"], help="what to measure")
+    add("--methods", nargs="+", default=["dvpo", "ppo"], choices=["dvpo", "ppo", "ppo_shared"],
+        help="what to measure; ppo_shared is --share_base")
     add("--k", type=int, default=4, help="pairs of tau")
     add("--lora_r", type=int, default=0, help="LoRA rank of the policy and the critic; 0 trains all weights")
     add("--prompt", type=int, default=32, help="prompt [tokens]")
@@ -148,6 +150,7 @@ def parse_args(argv=None):
     add("--ppo_epochs", type=int, default=4, help="passes over each rollout batch")
     add("--steps", type=int, default=12, help="steps; the first two are not counted")
     add("--gradient_checkpointing", choices=["True", "False"], default="False", help="as the scripts' flag")
+    add("--static_cache", action="store_true", help="as the scripts' flag")
     add("--gb_s", type=float, default=4800, help="memory bandwidth of the GPU [GB/s]")
     add("--tflops", type=float, default=989, help="bf16 matrix rate of the GPU [TFLOP/s]")
     add("--json", default="", help="write the numbers there")
@@ -165,6 +168,8 @@ def main(argv=None):
     bytes_per_weight = 2 if ds.get("bf16", {}).get("enabled") else 4
     if args.steps < 3:
         sys.exit(f"error: --steps {args.steps}: the first two are not counted, take at least 3.")
+    if "ppo_shared" in args.methods and not args.lora_r:
+        sys.exit("error: --methods ppo_shared needs --lora_r: its models are LoRA on one base.")
     needed = (1 + args.k) * (args.prompt + args.response + 1)
     if needed > config.max_position_embeddings:
         sys.exit(f"error: --k {args.k}: {needed} tokens of tau, prompt and answer exceed the context of "

@@ -75,7 +75,8 @@ def plan(config, ds, gpus, method, lora_r=0, checkpointing=False, rollout_batch=
          response=1024, tau=1024):
     """{item: GB on each GPU}, `peak` last.
 
-    ds: the DeepSpeed config as a dict;  method: "dvpo" or "ppo";  prompt, response, tau: tokens
+    ds: the DeepSpeed config as a dict;  prompt, response, tau: tokens
+    method: "dvpo", "ppo" (four models, as in the paper) or "ppo_shared" (--share_base, with LoRA only)
     """
     b = 2 if ds.get("bf16", {}).get("enabled") else 4
     zero = ds.get("zero_optimization", {})
@@ -87,6 +88,8 @@ def plan(config, ds, gpus, method, lora_r=0, checkpointing=False, rollout_batch=
     # weights that are trained, and those that are not
     if method == "dvpo":
         trained, frozen = lora or parameters, parameters + 8 * lora_rank_1  # the GVM's own adapter has rank 8
+    elif method == "ppo_shared":
+        trained, frozen = lora + 8 * lora_rank_1, parameters + 8 * lora_rank_1  # critic and reward model: rank 8
     else:  # the critic and the reward model have a backbone and a one-label head
         trained = 2 * lora or parameters + backbone
         frozen = parameters + backbone + (backbone if lora_r else 0)
@@ -153,7 +156,8 @@ def main(argv=None):
              for name in ("lora_r", "rollout_batch", "micro_batch", "prompt", "response", "tau")}
     rows = [{"ds_config": name, "gpus": gpus, "method": method,
              **plan(config, found, gpus, method, checkpointing=args.gradient_checkpointing, **flags)}
-            for name, found in ds.items() for gpus in args.gpus for method in ("dvpo", "ppo")]
+            for name, found in ds.items() for gpus in args.gpus
+            for method in ("dvpo", "ppo", *(["ppo_shared"] if args.lora_r else []))]
     print(f"{args.config}: {count(config)[0] / GB:.2f} billion parameters; GB on each GPU\n")
     print("| config | GPUs | | weights | gradients | optimizer | rollout | scoring | update | peak | "
           f"fits {args.gpu_gb:.0f} GB |\n|" + "---|" * 11)

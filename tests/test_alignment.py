@@ -243,7 +243,7 @@ def test_generation_leaves_the_models_mode_as_it_was(policy, folder):
 def test_sampled_ids_are_scored_as_they_are(policy, folder):
     """Rollout to scoring keeps ids: the text, which loses special tokens, is never tokenized again."""
     tokenizer = load_tokenizer(folder)
-    args = SimpleNamespace(response_length=8, temperature=1.0, micro_batch=3)
+    args = SimpleNamespace(response_length=8, temperature=1.0, micro_batch=3, static_cache=False)
     prompts = [{"prompt": CHAT, "group": "g", "prompt_ids": ids} for ids in PROMPTS * 5]
     rows = train_dvpo.rollout(policy, prompts, range(20), tokenizer, args, CPU)
     assert [row["response_ids"] for row in rows] == sample(policy, folder, PROMPTS * 5, range(20), 8)

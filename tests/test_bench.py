@@ -89,8 +89,9 @@ def test_the_table_says_what_fits(capsys):
                       "256", "--gradient_checkpointing", "--gpu_gb", "24",
                       "--ds_config", str(ROOT / "ds_configs/zero1.json")])
     lines = capsys.readouterr().out.splitlines()
-    assert [row["method"] for row in rows] == ["dvpo", "ppo"]
-    assert lines[-2].endswith("| yes |") and lines[-1].endswith("| no |")
+    assert [row["method"] for row in rows] == ["dvpo", "ppo", "ppo_shared"]
+    assert [line.split(" | ")[-1] for line in lines[-3:]] == ["yes |", "no |", "yes |"]
+    assert rows[2]["peak"] < 1.1 * rows[0]["peak"]  # one copy of the weights as well
     with pytest.raises(SystemExit, match="cannot be read"):
         plan.main([str(ROOT / "README.md")])
 
@@ -102,14 +103,18 @@ def test_the_benchmark_measures_both_trainers(tmp_path, capsys, monkeypatch):
               "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
               "max_position_embeddings": 256}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    rows = bench.main(["--config", str(tmp_path / "config.json"), "--prompt", "4", "--response", "6",
-                       "--rollout_batch", "4", "--micro_batch", "2", "--ppo_epochs", "1", "--k", "1",
-                       "--steps", "3", "--json", str(tmp_path / "bench.json")])
+    flags = ["--config", str(tmp_path / "config.json"), "--prompt", "4", "--response", "6", "--rollout_batch",
+             "4", "--micro_batch", "2", "--ppo_epochs", "1", "--k", "1", "--steps", "3"]
+    rows = bench.main([*flags, "--json", str(tmp_path / "bench.json")])
     assert [row["method"] for row in rows] == ["dvpo", "ppo"]
     assert json.loads((tmp_path / "bench.json").read_text())["results"] == rows
     for row in rows:
         assert 0 < row["rollout_s"] + row["scoring_s"] + row["update_s"] <= row["step_s"]
         assert 1 <= row["length"] <= 6 and row["peak_gb"] > 0
     assert "DVPO / PPO: step" in capsys.readouterr().out
+    shared, = bench.main([*flags, "--methods", "ppo_shared", "--lora_r", "2", "--static_cache"])
+    assert shared["update_s"] > 0
+    with pytest.raises(SystemExit, match="needs --lora_r"):
+        bench.main([*flags, "--methods", "ppo_shared"])
     with pytest.raises(SystemExit, match="exceed the context"):
         bench.main(["--config", str(tmp_path / "config.json"), "--prompt", "200", "--response", "100"])

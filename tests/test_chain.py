@@ -104,6 +104,15 @@ def test_the_baseline_under_zero3(world, sft):
     first, second = rows_of(world / "ppo")
     assert first["objective/kl"] == 0 and second["objective/kl"] != 0 and "eval/scores" in second
     assert all(row["grad_norm"] > 0 and row["critic/grad_norm"] > 0 for row in (first, second))
+    # all four models on one sharded base
+    text = launch("train_ppo.py", *data, "--reward_model", world / "rm", "--rollout_batch", 4,
+                  "--micro_batch", 2, "--response_length", 8, "--max_steps", 2, "--lr", 1e-2, "--lora_r", 4,
+                  "--share_base", True, "--eval_prompts", 4, "--output_dir", world / "shared")
+    assert "max |ratio - 1| 0.0e+00" in text and "KL 0.0e+00" in text
+    one, two = rows_of(world / "shared")
+    assert one["objective/scores"] == pytest.approx(first["objective/scores"], abs=0.05)  # in bf16
+    assert one["critic/mean"] == pytest.approx(first["critic/mean"], abs=0.05)
+    assert two["objective/kl"] != 0 and two["grad_norm"] > 0
 
 
 def test_evaluate_reads_what_the_stages_wrote(world, sft, gvm):

@@ -47,9 +47,9 @@ def test_flags_named_in_the_text_exist():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read_and_explained(script):
-    """No flag that nothing reads, none without help, at most 39."""
+    """No flag that nothing reads, none without help, at most 45."""
     module, source = importlib.import_module(script), (ROOT / f"{script}.py").read_text()
-    assert len(fields(module.Args)) <= 39
+    assert len(fields(module.Args)) <= 45
     # read in the script itself, or in common.py, which gets the whole of args or vars(args)
     text = source + (ROOT / "common.py").read_text()
     for field in fields(module.Args):

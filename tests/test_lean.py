@@ -17,8 +17,9 @@ import train_dvpo
 import train_gvm
 import train_ppo
 import train_rm
-from common import (GumbelNoise, OneBase, chat_ids, collate, generate, load_gvm, load_policy, load_tokenizer,
-                    lora_targets, micro_batches, with_logprobs)
+from common import (GumbelNoise, OneBase, chat_ids, collate, generate, load_gvm, load_policy,
+                    load_reward_model, load_tokenizer, lora_targets, micro_batches, reward_scores,
+                    with_logprobs)
 from conftest import metrics, recorded, run_stage
 
 CPU, EOS = torch.device("cpu"), 1
@@ -175,6 +176,67 @@ def test_a_gvm_of_another_base_is_loaded_on_its_own(chain, flags, tmp_path, monk
             assert x[name] == pytest.approx(y[name], abs=1e-5), name
 
 
+@torch.no_grad()
+def test_reward_model_and_critic_on_one_base_say_what_separate_ones_say(chain, baseline):
+    """Scores and the critic's start, standardized, between calls of the other roles; only policy and critic
+    are trained."""
+    tokenizer = load_tokenizer(chain.sft)
+    scores, rm_tokenizer, center, scale = load_reward_model(baseline.rm, torch.float32)
+    critic = train_ppo.load_critic(baseline.rm, tokenizer, torch.float32).eval()
+    reference = load_policy(chain.sft, tokenizer, torch.float32).eval()
+    base = load_policy(chain.sft, tokenizer, torch.float32)
+    one = OneBase(base, lora=lora_of(base), reward=(baseline.rm, center, scale)).eval()
+    batch = batch_of()
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.attention, "position_ids": batch.positions}
+    chats = [([{"role": "user", "content": "is thing1 red ?"}], "yes it is red"),
+             ([{"role": "user", "content": "is it ?"}], "no .")]
+    wanted = [(x - center) / scale for x in reward_scores(scores, rm_tokenizer, chats, CPU, 2)]
+    for _ in range(2):
+        got = reward_scores(partial(one, role="reward"), rm_tokenizer, chats, CPU, 2)
+        assert got == pytest.approx(wanted, abs=1e-5) and wanted[0] != pytest.approx(wanted[1], abs=1e-3)
+        assert torch.allclose(train_ppo.response_values(partial(one, role="critic"), batch),
+                              train_ppo.response_values(critic, batch), atol=1e-5)
+        assert torch.equal(one(role="reference", **inputs).logits, reference(**inputs).logits)
+        assert not torch.allclose(one(**inputs).logits, reference(**inputs).logits)
+    trained = [name for name, p in one.named_parameters() if p.requires_grad]
+    assert all(".policy." in name or ".critic." in name for name in trained)
+    assert len(trained) == len(one.trained["policy"]) + len(one.trained["critic"]) > 0
+    assert "heads.critic.weight" in trained
+
+
+def test_ppo_on_one_base_steps_as_with_separate_models(chain, baseline, flags, tmp_path, monkeypatch):
+    """The first step of the policy, whose advantages come from the same scores and values; gradients are
+    computed again in backward, which must find the critic's adapter on. In the second step the critic has
+    moved, and the reward model has not."""
+    seen, one_base = [], train_ppo.OneBase
+
+    def seeded(*args, **kwargs):
+        torch.manual_seed(3)  # the policy's new adapter
+        return one_base(*args, **kwargs)
+    monkeypatch.setattr(train_ppo, "OneBase", seeded)
+    recorded(monkeypatch, train_ppo, "update", seen)
+    run = {**flags.ppo, "sft_model": chain.sft, "reward_model": baseline.rm, "lora_r": 4, "lora_alpha": 64,
+           "max_steps": 2, "max_grad_norm": 1e6, "gradient_checkpointing": True, "critic_lr": 1e-2}
+    for share in (False, True):
+        run_stage(train_ppo, **run, share_base=share, output_dir=tmp_path / str(share))
+    apart, shared = metrics(tmp_path / "False"), metrics(tmp_path / "True")
+    for name in ("objective/scores", "objective/kl", "critic/mean", "advantages/std", "loss/policy_avg",
+                 "policy/approxkl_avg", "val/ratio_var"):
+        assert shared[0][name] == pytest.approx(apart[0][name], abs=1e-5), name
+    for name in ("objective/kl", "objective/scores", "policy/entropy_avg"):  # the policy moved as it did there
+        assert shared[1][name] == pytest.approx(apart[1][name], abs=1e-4), name
+    assert shared[1]["objective/kl"] != 0 and apart[0]["policy/updates"] > 1
+    one = seen[-1][0][0].module
+    weights = dict(one.named_parameters())
+    moved = {name.replace(".critic.", ".reward.") for name, p in weights.items() if ".critic." in name
+             and not torch.equal(p, weights[name.replace(".critic.", ".reward.")])}
+    assert {"heads.reward.weight", "heads.reward.bias"} < moved and any("lora_B" in name for name in moved)
+    base = load_policy(chain.sft, load_tokenizer(chain.sft), torch.float32)
+    fresh = OneBase(base, lora=lora_of(base), reward=(baseline.rm, *common.reward_scale(baseline.rm)))
+    assert all(torch.equal(p, weights[name]) for name, p in fresh.named_parameters() if ".reward." in name)
+    assert (tmp_path / "True/model.safetensors").exists()
+
+
 # ---- tau is read once ----
 
 TAU = [("is thing1 red ?", "yes it is red"), ("is thing2 blue ?", "no .")]
@@ -225,6 +287,23 @@ def test_the_samplers_own_logprobs_are_the_training_forwards(models_folder, monk
         logp, _ = train_dvpo.response_logprobs(model, batch, ARGS)
     assert batch.mask.sum() > 8
     assert torch.allclose(logp[batch.mask], drawn[:, :logp.shape[1]][batch.mask], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "one base"])
+def test_a_static_cache_samples_the_same(name, models_folder, monkeypatch):
+    """With prompts below and above 64 tokens. On a CPU transformers does not compile."""
+    folder = models_folder / name.replace("one base", "llama")
+    tokenizer, seeds = load_tokenizer(folder), range(1, 5)
+    model = load_policy(folder, tokenizer, torch.float32)
+    if name == "one base":
+        model = OneBase(model, lora=lora_of(model))
+    kinds, generate_ = [], type(getattr(model, "lm", model)).generate
+    monkeypatch.setattr(type(getattr(model, "lm", model)), "generate", lambda self, ids, **kwargs: kinds.append(
+        (ids.shape[1], kwargs["generation_config"].cache_implementation)) or generate_(self, ids, **kwargs))
+    for prompts in (PROMPTS, [PROMPTS[1] * 40, *PROMPTS[:3]]):
+        plain, static = (generate(model, prompts, seeds, 12, 0.7, tokenizer, CPU, static) for static in (False, True))
+        assert plain == static and len(set(map(tuple, plain))) > 1
+    assert kinds == [(6, None), (64, "static"), (80, None), (128, "static")]
 
 
 # ---- gradient checkpointing ----

@@ -392,6 +392,16 @@ def test_a_reward_model_that_has_not_been_trained(chain, flags, tmp_path, monkey
         run_stage(train_ppo, **flags.ppo, sft_model=chain.sft)
 
 
+@pytest.mark.parametrize("wrong, named", [({"lora_r": 0}, "--lora_r"), ({"critic_model": "sft"}, "--critic_model"),
+                                          ({"reward_model": "sft"}, "not LoRA on the SFT model")])
+def test_what_cannot_share_a_base(wrong, named, baseline, chain, flags):
+    """No LoRA, a critic of its own, or a reward model with its own weights."""
+    wrong = {name: chain.sft if value == "sft" else value for name, value in wrong.items()}
+    with pytest.raises(BadInput, match=named):
+        run_stage(train_ppo, **{**flags.ppo, "sft_model": chain.sft, "reward_model": baseline.rm, "lora_r": 4,
+                                "share_base": True, **wrong})
+
+
 def test_a_broken_rm_json(baseline, chain, flags, tmp_path):
     for path in baseline.rm.iterdir():
         if path.is_file():

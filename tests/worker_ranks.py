@@ -34,7 +34,7 @@ def step(job, stage):
               "managed_gradient_accumulation": False,
               "zero_allow_untested_optimizer": True}
     args = SimpleNamespace(micro_batch=1, accum_steps=n, ppo_epochs=1, temperature=1.0, cliprange=0.2, seed=1,
-                           early_stop_kl=0.0, lr=0.1, response_length=40)
+                           early_stop_kl=0.0, lr=0.1, response_length=40, static_cache=False)
     tokenizer = load_tokenizer(job["policy"])
     policy = load_policy(job["policy"], tokenizer, torch.float32)
     # plain SGD: the step is the gradient itself, where Adam would hide a wrong scale
