@@ -9,10 +9,12 @@ V vocabulary.
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib
 import inspect
 import json
+import math
 import os
 import random
 import re
@@ -145,14 +147,25 @@ def epoch_rows(n, start, count, seed):
     return rows
 
 
+LOCKS = {}  # output folder -> its open lock file; a lock goes with the process, however that ends
+
+
 def output_folder(args, stage):
     """runs/<model name>/<stage> unless --output_dir says otherwise; made at once, so that an unwritable place
-    shows before the expensive work. args.json in it is what ran."""
+    shows before the expensive work. args.json in it is what ran. One process at a time writes there.
+    """
     out = Path(args.output_dir or Path("runs") / Path(args.model).name / stage)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not dist.is_initialized() or dist.get_rank() == 0:
+            if out.resolve() not in LOCKS:
+                lock = open(out / ".lock", "w")
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                LOCKS[out.resolve()] = lock
             (out / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
+    except BlockingIOError:
+        raise BadInput(f"--output_dir {out}: another run is writing there; wait for its end or choose "
+                       f"another folder.") from None
     except OSError as e:
         raise BadInput(f"--output_dir {out}: cannot write there ({e.strerror}); choose another "
                        f"folder.") from None
@@ -231,6 +244,18 @@ def dtype_of(config):
 
 def zero_stage(config):
     return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def step_norm(engine):
+    """Norm of the gradient of the step just taken, before clipping, 0 before the first step. Ends the run
+    where it is not finite: DeepSpeed takes such a step in float32 and leaves it out unsaid in bf16."""
+    norm = engine.get_global_grad_norm()
+    if norm is None:
+        return 0.0
+    if not math.isfinite(norm) or not engine.was_step_applied():
+        raise BadInput("The gradient is not finite: this step is not saved and the last checkpoint is good; "
+                       "lower --lr.")
+    return float(norm)
 
 
 def freeze(model, config, device):
@@ -845,15 +870,18 @@ class MetricLog:
     """metrics.jsonl, one stdout line a step with the fields named in `show`, TensorBoard when it is
     installed."""
 
-    def __init__(self, out, show, steps):
-        self.show, self.steps, self.started = show, steps, time.time()
+    def __init__(self, out, show, steps, start=0):
+        """start: the first step of a run that is resumed; rows of later steps are taken out of the file."""
+        self.show, self.steps, self.first, self.started = show, steps, start, time.time()
         self.rank0 = not dist.is_initialized() or dist.get_rank() == 0
         if not self.rank0:
             return
-        self.file = open(Path(out) / "metrics.jsonl", "w")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            keep_steps(Path(out) / name, start)
+        self.file = open(Path(out) / "metrics.jsonl", "a")
         try:
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(out)
+            self.board = SummaryWriter(out, purge_step=start)
         except ImportError:
             self.board = None
 
@@ -866,11 +894,36 @@ class MetricLog:
         for name, value in row.items():
             if self.board is not None and value is not None:
                 self.board.add_scalar(name, value, step)
-        left = (time.time() - self.started) / (step + 1) * (self.steps - step - 1)
+        left = (time.time() - self.started) / (step + 1 - self.first) * (self.steps - step - 1)
         bar = "#" * round(10 * (step + 1) / self.steps)
         shown = "  ".join(f"{name.rpartition('/')[2]} {row[name]:.4g}" for name in self.show
                           if row.get(name) is not None)
         print(f"[{bar:<10}] {step + 1}/{self.steps}  {shown}  {left:.0f} s left", flush=True)
+
+
+def keep_steps(path, start):
+    """Take the rows of step `start` and later, and a last line that was cut short, out of a jsonl file."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] >= start:
+            break
+        kept.append(line)
+    short = path.with_name(f".{path.name}")
+    short.write_text("".join(kept), encoding="utf-8")
+    os.replace(short, path)
+
+
+def check_finite(number, step, what, rows):
+    """End the run when a number that all ranks share is not finite, before it reaches the weights.
+
+    rows: what this rank knows about the rows that are to blame, a list of texts
+    """
+    if not math.isfinite(number):
+        raise BadInput(f"Step {step}: {what} is not finite (rows {'; '.join(gather_rows(rows)[:8])}): the "
+                       f"weights were not touched and the last checkpoint is good; look at these rows, or "
+                       f"lower --lr.")
 
 
 def peak_memory_gb(device):

@@ -24,9 +24,11 @@ from dataclasses import dataclass
 
 import torch
 
-from common import (MetricLog, all_sum, answer_ids, chat_ids, clip_in_step, collate, ds_config, dtype_of,
-                    epoch_rows, init_distributed, load_policy, load_tokenizer, lora_targets, output_folder,
-                    parse_args, peak_memory_gb, print0, save_model, seed_everything, set_lr, split_batch)
+from checkpoint import Checkpoints
+from common import (MetricLog, all_sum, answer_ids, chat_ids, check_finite, clip_in_step, collate, ds_config,
+                    dtype_of, epoch_rows, init_distributed, load_policy, load_tokenizer, lora_targets,
+                    output_folder, parse_args, peak_memory_gb, print0, save_model, seed_everything, set_lr,
+                    split_batch, step_norm)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
 
@@ -55,6 +57,9 @@ class Args:
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
     output_dir: str = ""  # default runs/<model name>/sft
+    resume: bool = False  # go on from the last complete checkpoint of the output folder, if there is one
+    save_every: int = 100  # checkpoints [steps]; 0: only when the run is told to end
+    keep: int = 2  # so many of the latest checkpoints stay
     eval_every: int = 100  # held-out loss [optimizer steps]
     seed: int = 1  # initial LoRA weights, dropout and data order
     local_rank: int = -1  # set by the deepspeed launcher
@@ -164,8 +169,10 @@ def main(args):
     print0(f"sft: {len(train)} rows, {len(test)} held out; optimizer batch {args.batch_size} = {world} ranks "
            f"x micro batch {args.micro_batch} x {accum} accumulation; {steps} steps")
 
-    log = MetricLog(out, show=["loss", "eval/loss", "lr", "timing/step_total"], steps=steps)
-    for step in range(steps):
+    run = Checkpoints(out, args, {"model": engine}, (train, test), device)
+    start, _ = run.resume()
+    log = MetricLog(out, show=["loss", "eval/loss", "lr", "timing/step_total"], steps=steps, start=start)
+    for step in range(start, steps):
         started = time.time()
         # 1. batch: rows of this optimizer step, dealt to the ranks
         rows = [train[i] for i in epoch_rows(len(train), step * args.batch_size, args.batch_size,
@@ -176,23 +183,29 @@ def main(args):
         # 2. update: DeepSpeed averages gradients over ranks, so a token mean is sum * ranks / tokens of
         #    all ranks
         engine.train()
-        total = 0.0
+        total, bad = 0.0, []
         for i in range(0, len(rows), args.micro_batch):
-            loss, _ = batch_loss(engine, rows[i:i + args.micro_batch], tokenizer, device)
+            micro = rows[i:i + args.micro_batch]
+            loss, _ = batch_loss(engine, micro, tokenizer, device)
             engine.backward(loss * world / all_tokens)
             total += loss.item()
+            if not loss.isfinite():
+                bad += [repr(tokenizer.decode(prompt)[-80:]) for prompt, _ in micro]
+        total, = all_sum(total, device=device)
+        check_finite(total, step, "the loss", bad)
         set_lr(engine, learning_rate(step, steps, args))
         engine.step()
 
         # 3. log
-        total, = all_sum(total, device=device)
         row = {"loss": total / all_tokens, "lr": learning_rate(step, steps, args), "num_tokens": all_tokens,
-               "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+               "grad_norm": step_norm(engine),
                "timing/step_total": time.time() - started, "memory/peak_gb": peak_memory_gb(device)}
         if test and (step + 1 == steps or (step + 1) % args.eval_every == 0):
             row["eval/loss"] = held_out_loss(engine, test, tokenizer, args, rank, world, device)
         log.write(step, row)
+        run.after(step, steps)
     save_model(engine, tokenizer, out, base=base if args.lora_r else None)
+    run.finish()
     print0(f"sft: saved to {out}")
 
 

@@ -43,11 +43,13 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, clip_in_step, collate, cut_pair,
-                    ds_config, dtype_of, epoch_rows, freeze, gather_rows, generate, gvm_settings,
-                    init_distributed, keyed_rng, load_gvm, load_plug, load_policy, load_tokenizer,
-                    lora_targets, micro_batches, model_place, output_folder, parse_args, peak_memory_gb,
-                    print0, save_model, seed_everything, set_lr, stage_folder, tokenizer_fingerprint)
+from checkpoint import Checkpoints
+from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, check_finite, clip_in_step,
+                    collate, cut_pair, ds_config, dtype_of, epoch_rows, freeze, gather_rows, generate,
+                    gvm_settings, init_distributed, keyed_rng, load_gvm, load_plug, load_policy,
+                    load_tokenizer, lora_targets, micro_batches, model_place, output_folder, parse_args,
+                    peak_memory_gb, print0, save_model, seed_everything, set_lr, stage_folder, step_norm,
+                    tokenizer_fingerprint)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
 
@@ -91,6 +93,9 @@ class Args:
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
     output_dir: str = ""  # default runs/<model name>/dvpo
+    resume: bool = False  # go on from the last complete checkpoint of the output folder, if there is one
+    save_every: int = 100  # checkpoints [steps]; 0: only when the run is told to end
+    keep: int = 2  # so many of the latest checkpoints stay
     sample_every: int = 20  # two samples with their token values [steps]
     eval_every: int = 50  # held-out prompts: KL, length, GVM value, true reward [steps]
     eval_prompts: int = 64  # how many of them
@@ -304,11 +309,12 @@ def update(engine, batch, old_logp, advantage, step, args, device):
                 if first_ratio is None:
                     moved = (logp.detach() - old_logp[micro, :R]) * part.mask
                     first_ratio = moved.expm1().abs().max().item()
+            sums = torch.tensor(all_sum(*sums.tolist(), device=device))
+            check_finite(sums.sum().item(), step, "the loss", [f"{i} of the rollout batch" for i in rows])
             set_lr(engine, args.lr)
             engine.step()
-            sums = torch.tensor(all_sum(*sums.tolist(), device=device))
             totals, tokens, updates = totals + sums, tokens + n, updates + 1
-            grad_norm += float(engine.get_global_grad_norm() or 0.0)
+            grad_norm += step_norm(engine)
             # The statistic is the same number on all ranks, so all of them leave
             # together and none is waited for
             stopped = 0 < args.early_stop_kl < sums[0] / n
@@ -497,11 +503,14 @@ def main(args):
         gvm = functools.partial(frozen, role="gvm") if on_sft else freeze(gvm, config, device)
         value = lambda policy, rows, tau: gvm_values(gvm, rows, tau, tokenizer, args, device, share)
 
+    run = Checkpoints(out, args, {"policy": engine}, (train, test), device)
+    start, state = run.resume()
     log = MetricLog(out, show=["objective/true_reward", "objective/kl", "objective/kl_coef", "gvm/mean",
                                "completions/mean_length", "policy/clipfrac_avg", "timing/step_total"],
-                    steps=args.max_steps)
-    beta, global_batch, previous = args.kl_coef, args.rollout_batch * world, []
-    for step in range(args.max_steps):
+                    steps=args.max_steps, start=start)
+    beta, previous = state.get("beta", args.kl_coef), state.get("previous", [])
+    global_batch = args.rollout_batch * world
+    for step in range(start, args.max_steps):
         clock = [time.time()]
         # 1. roll out: sample y ~ pi(.|x); the noise of a row is keyed by its global place, not by its rank
         picks = epoch_rows(len(train), step * global_batch, global_batch, args.seed)
@@ -524,6 +533,10 @@ def main(args):
         tau = fit_tau(tau, rows, tokenizer, settings) if tau else []
         batch, old_logp, ref_logp, values, entropy = score(engine, reference, value, rows, tau, tokenizer,
                                                            args, device)
+        scored = old_logp.sum(1) + ref_logp.sum(1) + values.sum(1)  # [B]
+        check_finite(all_sum(scored.sum(), device=device)[0], step, "a log-prob or a value",
+                     [repr(row["prompt"][-1]["content"][:80])
+                      for row, x in zip(rows, scored) if not x.isfinite()])
         clock.append(time.time())
 
         # 3. advantages: beta KL_t (units of reward) and the missing-EOS penalty folded in, then Eq. 2
@@ -560,7 +573,9 @@ def main(args):
         if step % args.sample_every == 0 and rank == 0:
             show_samples(rows, values, tokenizer, step, out)
         previous = gather_rows([{key: row[key] for key in ("prompt", "group", "response")} for row in rows])
+        run.after(step, args.max_steps, beta=beta, previous=previous)
     save_model(engine, tokenizer, out, base=sft if args.lora_r else None)
+    run.finish()
     print0(f"{Path(__file__).stem}: saved to {out}")
 
 

@@ -35,11 +35,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import (MetricLog, all_sum, chat_ids, clip_in_step, collate, cut_pair, ds_config, dtype_of,
-                    epoch_rows, gather_rows, init_distributed, keyed_rng, load_reward_model, load_tokenizer,
-                    load_value_base, lora_targets, model_place, output_folder, parse_args, peak_memory_gb,
-                    print0, responses_that_fit, reward_scores, save_model, seed_everything, set_lr,
-                    split_batch, stage_folder, td_loss, tokenizer_fingerprint)
+from checkpoint import Checkpoints
+from common import (MetricLog, all_sum, chat_ids, check_finite, clip_in_step, collate, cut_pair, ds_config,
+                    dtype_of, epoch_rows, gather_rows, init_distributed, keyed_rng, load_reward_model,
+                    load_tokenizer, load_value_base, lora_targets, model_place, output_folder, parse_args,
+                    peak_memory_gb, print0, responses_that_fit, reward_scores, save_model, seed_everything,
+                    set_lr, split_batch, stage_folder, step_norm, td_loss, tokenizer_fingerprint)
 from data import BadInput, has_policy_names, preference_pair, prompt_text, read_data, report_drops, split_of
 
 
@@ -79,6 +80,9 @@ class Args:
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
     output_dir: str = ""  # default runs/<model name>/gvm
+    resume: bool = False  # go on from the last complete checkpoint of the output folder, if there is one
+    save_every: int = 100  # checkpoints [steps]; 0: only when the run is told to end
+    keep: int = 2  # so many of the latest checkpoints stay
     eval_every: int = 200  # ranking accuracy on held-out pairs [optimizer steps]
     eval_pairs: int = 200  # held-out pairs it is measured on
     seed: int = 1  # initial weights, dropout, data order and the draws of tau
@@ -330,8 +334,12 @@ def main(args):
            f"{args.tau_answer_tokens} tokens; where tau + prompt + response exceed {context}, whole pairs "
            f"are left out, the first one first")
 
-    log = MetricLog(out, show=["loss", "value/mean", "eval/accuracy", "lr", "timing/step_total"], steps=steps)
-    for step in range(steps):
+    run = Checkpoints(out, args, {"model": engine}, (train, pairs), device)
+    start, state = run.resume()
+    tau_source.shortened = state.get("shortened", 0)
+    log = MetricLog(out, show=["loss", "value/mean", "eval/accuracy", "lr", "timing/step_total"], steps=steps,
+                    start=start)
+    for step in range(start, steps):
         started = time.time()
         # 1. batch: rows of this optimizer step, each with a fresh tau of the policy that wrote it.
         #    tau is empty at first: the model learns to value answers, then whose they are. Both at once
@@ -349,26 +357,30 @@ def main(args):
         # 2. update: DeepSpeed averages gradients over ranks, so a mean over slots is sum * ranks / slots of
         #    all ranks
         engine.train()
-        total = value_sum = 0.0
+        total, value_sum, bad = 0.0, 0.0, []
         for i in range(0, len(rows), args.micro_batch):
             prompts, responses, reward = zip(*rows[i:i + args.micro_batch])
             q, batch = values(engine, prompts, responses, tokenizer, device)
             loss, _ = td_loss(q, torch.tensor(reward, device=device), batch.mask, args.gamma, args.lam)
             engine.backward(loss * world / all_slots)
             total, value_sum = total + loss.item(), value_sum + (q[:, 1:] * batch.mask).sum().item()
+            if not loss.isfinite():
+                bad += [repr(tokenizer.decode(prompt)[-80:]) for prompt in prompts]
+        total, value_sum = all_sum(total, value_sum, device=device)
+        check_finite(total, step, "the loss", bad)
         set_lr(engine, learning_rate(step, steps, args))
         engine.step()
 
         # 3. log: the loss alone does not tell (its noise floor depends on lambda), so held-out ranking is
         #    beside it
-        total, value_sum = all_sum(total, value_sum, device=device)
         row = {"loss": total / all_slots, "value/mean": value_sum / (all_slots - args.batch_size),
                "lr": learning_rate(step, steps, args), "num_tokens": all_slots - args.batch_size,
-               "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+               "grad_norm": step_norm(engine),
                "timing/step_total": time.time() - started, "memory/peak_gb": peak_memory_gb(device)}
         if pairs and (step + 1 == steps or (step + 1) % args.eval_every == 0):
             row.update(held_out_ranking(engine, pairs, held_out_tau, tokenizer, args, rank, world, device))
         log.write(step, row)
+        run.after(step, steps, shortened=tau_source.shortened)
     shortened, = all_sum(tau_source.shortened, device=device)
     print0(f"tau: left-out pairs in {shortened:.0f} of {steps * args.batch_size} rows drawn")
     save_model(engine, tokenizer, out, extra={"gvm.json": {
@@ -378,6 +390,7 @@ def main(args):
         "gamma": args.gamma, "lam": args.lam, "chat_template": tokenizer.chat_template,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), "split_seed": args.split_seed,
         "reward": reward_map}})
+    run.finish()
     print0(f"train_gvm: saved to {out}")
 
 

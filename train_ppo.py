@@ -40,12 +40,14 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForTokenClassification
 
-from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, check_head, clip_in_step, collate,
-                    disable_dropout, ds_config, dtype_of, epoch_rows, freeze, gather_rows, generate,
-                    init_distributed, keyed_rng, load_gvm, load_plug, load_policy, load_reward_model,
-                    load_tokenizer, load_value_base, lora_targets, micro_batches, model_place, output_folder,
-                    parse_args, peak_memory_gb, pretrained, print0, reward_scale, reward_scores, save_model,
-                    seed_everything, set_lr, stage_folder, tokenizer_fingerprint, value_head)
+from checkpoint import Checkpoints
+from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, check_finite, check_head,
+                    clip_in_step, collate, disable_dropout, ds_config, dtype_of, epoch_rows, freeze,
+                    gather_rows, generate, init_distributed, keyed_rng, load_gvm, load_plug, load_policy,
+                    load_reward_model, load_tokenizer, load_value_base, lora_targets, micro_batches,
+                    model_place, output_folder, parse_args, peak_memory_gb, pretrained, print0, reward_scale,
+                    reward_scores, save_model, seed_everything, set_lr, stage_folder, step_norm,
+                    tokenizer_fingerprint, value_head)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
 
@@ -93,6 +95,9 @@ class Args:
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
     output_dir: str = ""  # default runs/<model name>/ppo
+    resume: bool = False  # go on from the last complete checkpoint of the output folder, if there is one
+    save_every: int = 100  # checkpoints [steps]; 0: only when the run is told to end
+    keep: int = 2  # so many of the latest checkpoints stay
     sample_every: int = 20  # two samples with the critic's token values [steps]
     eval_every: int = 50  # held-out prompts: KL, length, score, true reward [steps]
     eval_prompts: int = 64  # how many of them
@@ -313,6 +318,8 @@ def update(engine, critic, batch, old_logp, advantage, old_values, returns, step
                 if first_ratio is None:
                     moved = (logp.detach() - old_logp[micro, :R]) * part.mask
                     first_ratio = moved.expm1().abs().max().item()
+            sums = torch.tensor(all_sum(*sums.tolist(), device=device))
+            check_finite(sums.sum().item(), step, "the loss", [f"{i} of the rollout batch" for i in rows])
             if args.share_base:
                 set_lr(engine, 0.0 if warming else args.lr, args.critic_lr)
             else:
@@ -320,9 +327,8 @@ def update(engine, critic, batch, old_logp, advantage, old_values, returns, step
                 set_lr(critic, args.critic_lr)
             for one in [engine] if args.share_base else [critic] if warming else [engine, critic]:
                 one.step()
-            grad_norm += float(engine.get_global_grad_norm() or 0.0)  # none before its first step
-            critic_grad_norm += float(learner.get_global_grad_norm() or 0.0)
-            sums = torch.tensor(all_sum(*sums.tolist(), device=device))
+            grad_norm += step_norm(engine)  # none before its first step
+            critic_grad_norm += step_norm(learner)
             totals, tokens, updates = totals + sums, tokens + n, updates + 1
             # The statistic is the same number on all ranks, so all of them leave
             # together and none is waited for
@@ -552,12 +558,15 @@ def main(args):
     else:
         reference = freeze(load_policy(sft, tokenizer, dtype_of(config), "--sft_model"), config, device)
 
+    engines = {"policy": engine} if args.share_base else {"policy": engine, "critic": critic}
+    run = Checkpoints(out, args, engines, (train, test), device)
+    start, state = run.resume()
     log = MetricLog(out, show=["objective/true_reward", "objective/kl", "objective/kl_coef",
                                "objective/scores", "completions/mean_length", "policy/clipfrac_avg",
                                "timing/step_total"],
-                    steps=args.max_steps)
-    beta, global_batch = args.kl_coef, args.rollout_batch * world
-    for step in range(args.max_steps):
+                    steps=args.max_steps, start=start)
+    beta, global_batch = state.get("beta", args.kl_coef), args.rollout_batch * world
+    for step in range(start, args.max_steps):
         clock = [time.time()]
         # 1. roll out: sample y ~ pi(.|x); the noise of a row is keyed by its global place, not by its rank
         picks = epoch_rows(len(train), step * global_batch, global_batch, args.seed)
@@ -569,6 +578,10 @@ def main(args):
         # 2. score: log pi_old, log pi_ref, V(s) and r(x, y), nothing of it with a gradient
         batch, old_logp, ref_logp, values, scores, entropy = score(engine, reference, critic, reward, rows,
                                                                    tokenizer, args, device)
+        scored = old_logp.sum(1) + ref_logp.sum(1) + values.sum(1) + scores  # [B]
+        check_finite(all_sum(scored.sum(), device=device)[0], step, "a log-prob, a value or a score",
+                     [repr(row["prompt"][-1]["content"][:80])
+                      for row, x in zip(rows, scored) if not x.isfinite()])
         clock.append(time.time())
 
         # 3. advantages: score, beta KL_t and the missing-EOS penalty as rewards, GAE on the critic's values
@@ -608,7 +621,9 @@ def main(args):
         warn(metrics)
         if step % args.sample_every == 0 and rank == 0:
             show_samples(rows, values, scores, tokenizer, step, out)
+        run.after(step, args.max_steps, beta=beta)
     save_model(engine, tokenizer, out, base=sft if args.lora_r else None)
+    run.finish()
     print0(f"{Path(__file__).stem}: saved to {out}")
 
 

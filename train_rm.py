@@ -31,11 +31,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from common import (MetricLog, all_sum, clip_in_step, disable_dropout, ds_config, dtype_of, epoch_rows,
-                    gather_rows, init_distributed, last_token_scores, load_tokenizer, lora_targets,
-                    model_place, output_folder, parse_args, peak_memory_gb, pretrained, print0,
+from checkpoint import Checkpoints
+from common import (MetricLog, all_sum, check_finite, clip_in_step, disable_dropout, ds_config, dtype_of,
+                    epoch_rows, gather_rows, init_distributed, last_token_scores, load_tokenizer,
+                    lora_targets, model_place, output_folder, parse_args, peak_memory_gb, pretrained, print0,
                     responses_that_fit, save_model, seed_everything, set_lr, split_batch, stage_folder,
-                    tokenizer_fingerprint)
+                    step_norm, tokenizer_fingerprint)
 from data import BadInput, all_pairs, preference_pair, prompt_text, read_data, report_drops, split_of
 
 
@@ -64,6 +65,9 @@ class Args:
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
     output_dir: str = ""  # default runs/<model name>/rm
+    resume: bool = False  # go on from the last complete checkpoint of the output folder, if there is one
+    save_every: int = 100  # checkpoints [steps]; 0: only when the run is told to end
+    keep: int = 2  # so many of the latest checkpoints stay
     eval_every: int = 200  # accuracy on held-out pairs [optimizer steps]
     eval_pairs: int = 200  # held-out pairs it is measured on
     seed: int = 1  # initial weights, dropout and data order
@@ -174,8 +178,11 @@ def main(args):
     print0(f"train_rm: {len(train)} pairs, {len(test)} held out; optimizer batch {args.batch_size} = {world} "
            f"ranks x micro batch {args.micro_batch} x {accum} accumulation; {steps} steps")
 
-    log = MetricLog(out, show=["loss", "accuracy", "eval/accuracy", "lr", "timing/step_total"], steps=steps)
-    for step in range(steps):
+    run = Checkpoints(out, args, {"model": engine}, (train, test), device)
+    start, _ = run.resume()
+    log = MetricLog(out, show=["loss", "accuracy", "eval/accuracy", "lr", "timing/step_total"], steps=steps,
+                    start=start)
+    for step in range(start, steps):
         started = time.time()
         # 1. batch: pairs of this optimizer step, dealt to the ranks
         rows = [train[i] for i in epoch_rows(len(train), step * args.batch_size, args.batch_size,
@@ -183,25 +190,30 @@ def main(args):
 
         # 2. update: DeepSpeed averages gradients over ranks, so a mean over pairs is sum * ranks / pairs
         engine.train()
-        total = right = margin = 0.0
+        total, right, margin, bad = 0.0, 0.0, 0.0, []
         for i in range(0, len(rows), args.micro_batch):
-            chosen, rejected = pair_scores(engine, rows[i:i + args.micro_batch], tokenizer, device)
+            micro = rows[i:i + args.micro_batch]
+            chosen, rejected = pair_scores(engine, micro, tokenizer, device)
             loss, margins = pair_loss(chosen, rejected), (chosen - rejected).tolist()
             engine.backward(loss * world / args.batch_size)
             total, right, margin = total + loss.item(), right + wins(margins), margin + sum(margins)
+            if not loss.isfinite():
+                bad += [repr(tokenizer.decode(prompt)[-80:]) for prompt, _, _ in micro]
+        total, right, margin = all_sum(total, right, margin, device=device)
+        check_finite(total, step, "the loss", bad)
         set_lr(engine, learning_rate(step, steps, args))
         engine.step()
 
         # 3. log
-        total, right, margin = all_sum(total, right, margin, device=device)
         row = {"loss": total / args.batch_size, "accuracy": right / args.batch_size,
                "margin": margin / args.batch_size, "lr": learning_rate(step, steps, args),
-               "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+               "grad_norm": step_norm(engine),
                "timing/step_total": time.time() - started, "memory/peak_gb": peak_memory_gb(device)}
         if test and (step + 1 == steps or (step + 1) % args.eval_every == 0):
             ranking, scores = held_out(engine, test, tokenizer, args, rank, world, device)
             row.update(ranking)
         log.write(step, row)
+        run.after(step, steps)
 
     if len(test) < 16:  # too few to give the scale; else their scores of the last step do
         _, scores = held_out(engine, train[:max(200, world)], tokenizer, args, rank, world, device)
@@ -210,6 +222,7 @@ def main(args):
         "base_model": model_place(sft), "center": center,
         "scale": scale, "max_length": args.max_length, "chat_template": tokenizer.chat_template,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), "split_seed": args.split_seed}})
+    run.finish()
     print0(f"train_rm: saved to {out}; scores: mean {center:.3f}, two standard deviations {scale:.3f}")
 
 

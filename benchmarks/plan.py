@@ -81,7 +81,8 @@ def plan(config, ds, gpus, method, lora_r=0, checkpointing=False, rollout_batch=
     b = 2 if ds.get("bf16", {}).get("enabled") else 4
     zero = ds.get("zero_optimization", {})
     stage, offload = zero.get("stage", 0), "offload_optimizer" in zero
-    state = 6 if ds.get("bf16", {}).get("bf16_optimizer_states") else 12
+    # a float32 copy and two moments; without ZeRO and bf16 the weights are in float32 themselves
+    state = 6 if ds.get("bf16", {}).get("bf16_optimizer_states") else 8 if stage == 0 and b == 4 else 12
     parameters, head, lora_rank_1 = count(config)
     backbone, lora = parameters - head, lora_rank_1 * lora_r
 

@@ -50,8 +50,8 @@ def test_every_flag_is_read_and_explained(script):
     """No flag that nothing reads, none without help, at most 45."""
     module, source = importlib.import_module(script), (ROOT / f"{script}.py").read_text()
     assert len(fields(module.Args)) <= 45
-    # read in the script itself, or in common.py, which gets the whole of args or vars(args)
-    text = source + (ROOT / "common.py").read_text()
+    # read in the script itself, or in common.py or checkpoint.py, which get the whole of args or vars(args)
+    text = source + (ROOT / "common.py").read_text() + (ROOT / "checkpoint.py").read_text()
     for field in fields(module.Args):
         read = re.search(rf"args\.{field.name}\b|\[\"{field.name}\"\]", text)
         assert read or field.name == "local_rank", field.name

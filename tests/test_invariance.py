@@ -50,7 +50,7 @@ def weights_after_one_step(stage, flags, monkeypatch, **changes):
         recorded(monkeypatch, stage, "update", updates)
 
     def sgd(params, lr, **settings):
-        params = list(params)
+        params = [p for group in params for p in (group["params"] if isinstance(group, dict) else [group])]
         start.extend((p, p.detach().clone()) for p in params)
         return torch.optim.SGD(params, lr=lr)
     monkeypatch.setattr(torch.optim, "AdamW", sgd)

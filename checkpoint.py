@@ -1,0 +1,239 @@
+"""Exact resume: checkpoints that are whole or not there, and a run that saves when it is told to end.
+
+runs/<model name>/<stage>/checkpoints/step_<n> is what the run needs to go on after n steps as if nothing had
+happened: DeepSpeed's own files (weights that are trained, optimizer), and of every rank the random states and
+what else its loop carries from step to step. Data order, sampling noise and tau's draws are functions of the
+step and need nothing.
+
+A checkpoint is written under another name and renamed when all of it is on the disk, so that a name step_<n>
+is a whole one; done.json has the size and checksum of every file, so that one cut short or with a flipped bit
+is found when it is read. DeepSpeed's files are pickles: resume only from folders you trust.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from common import all_sum, gather_rows, print0
+from data import BadInput
+
+MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank"}  # flags that change no number
+
+
+class Checkpoints:
+    """The checkpoints of one run, and its end.
+
+    run = Checkpoints(out, args, {"policy": engine}, data=train, device=device)
+    start, state = run.resume()                  0 and {} where nothing is resumed
+    for step in range(start, steps):
+        ...
+        run.after(step, steps, beta=beta)        saves when due; ends the process when it was told to end
+    run.finish()                                 after the model is saved
+
+    engines: {name: DeepSpeed engine};  data: the rows of training, whose checksum must not change
+    """
+
+    def __init__(self, out, args, engines, data, device):
+        self.folder, self.args, self.engines, self.device = Path(out) / "checkpoints", args, engines, device
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in MAY_DIFFER}
+        self.same = {**{f"--{name}": value for name, value in flags.items()},
+                     "number of ranks": self.world,
+                     "content of --ds_config": Path(args.ds_config).read_text(),
+                     "content of --data": hashlib.sha256(repr(data).encode()).hexdigest()[:16]}
+        self.same = json.loads(json.dumps(self.same, default=str))
+        self.signals, self.launcher = StopSignals(), parents()
+
+    # ---- reading ----
+
+    def resume(self):
+        """(first step to do, what the loop had handed to `after`), weights and random states restored."""
+        finished = self.folder.parent / "finished.json"
+        if self.args.resume and finished.exists():
+            print0(f"{finished.parent}: this run is finished, nothing is left to do")
+            raise SystemExit(0)
+        found = sorted(self.folder.glob("step_*"), reverse=True)
+        if not self.args.resume:
+            finished.unlink(missing_ok=True)
+            if found:
+                raise BadInput(f"--output_dir {self.folder.parent}: a run that is not finished lies here "
+                               f"({found[0].name}): continue it with --resume True, delete {self.folder}, or "
+                               f"choose another folder.")
+            return 0, {}
+        for path in found:
+            wrong = self.damage(path)
+            if not wrong:
+                break
+            print0(f"warning: {path} is damaged ({wrong}): taking the one before it")
+        else:
+            print0(f"warning: --resume: no complete checkpoint in {self.folder}: starting from the beginning")
+            return 0, {}
+        written_by = json.loads((path / "done.json").read_text())["ranks"]
+        mine = json.loads((path / f"rank{self.rank % written_by}.json").read_text())
+        then = mine["same"]
+        differ = [f"{name}: {then.get(name)!r} then, {value!r} now"
+                  for name, value in self.same.items() if then.get(name) != value]
+        if differ:
+            raise BadInput(f"--resume: {path} was written by another run ({'; '.join(differ)[:600]}): give "
+                           f"the same again, or choose another --output_dir.")
+        for name, engine in self.engines.items():
+            engine.load_checkpoint(str(path), tag=name, load_module_strict=False)
+        set_random_states(mine["random"])
+        print0(f"resumed from {path}")
+        return mine["steps_done"], mine["state"]
+
+    def damage(self, path):
+        """What is wrong with a checkpoint, "" for nothing; the files are read by all ranks together."""
+        try:
+            files = json.loads((path / "done.json").read_text())["files"]
+        except (OSError, ValueError, KeyError) as e:
+            return f"done.json: {e}"
+        wrong = []
+        for name, expected in sorted(files.items())[self.rank::self.world]:
+            try:
+                found = size_and_checksum(path / name)
+            except OSError as e:
+                found = e.strerror
+            if found != expected:
+                wrong.append(f"{name}: {found} in place of {expected}")
+        return "; ".join(gather_rows(wrong))
+
+    # ---- writing ----
+
+    def after(self, step, steps, **state):
+        """To be called by every rank behind every step, with what the loop carries over (JSON-able, of this
+        rank). A run that was told to end, or whose launcher has died, saves and ends here."""
+        reason = self.signals.name or ("" if parents() == self.launcher else "the death of its launcher")
+        reasons = [r for r in gather_rows([reason]) if r]
+        due = self.args.save_every > 0 and (step + 1) % self.args.save_every == 0
+        if step + 1 == steps:  # nothing is left but to save the model
+            return
+        if reasons or due:
+            path = self.save(step + 1, state)
+        if reasons:
+            print0(f"stopped by {reasons[0]} after step {step + 1} of {steps}: saved to {path}; "
+                   f"--resume True goes on")
+            dist.barrier()
+            os._exit(128 + signal.SIGTERM)  # the launcher may be gone, and nothing is left to be done
+
+    def save(self, steps_done, state):
+        path, saving = self.folder / f"step_{steps_done:08d}", self.folder / f".saving_{steps_done}"
+        try:
+            if self.rank == 0:
+                self.folder.mkdir(exist_ok=True)
+                for left in self.folder.glob(".*"):  # of a run that was killed while it wrote
+                    shutil.rmtree(left)
+                saving.mkdir()
+            dist.barrier()
+            for name, engine in self.engines.items():
+                engine.save_checkpoint(str(saving), tag=name, save_latest=False,
+                                       exclude_frozen_parameters=True)
+            mine = {"steps_done": steps_done, "same": self.same, "state": state, "random": random_states()}
+            (saving / f"rank{self.rank}.json").write_text(json.dumps(mine))
+            dist.barrier()
+            names = sorted(str(file.relative_to(saving)) for file in saving.rglob("*") if file.is_file())
+            files = dict(gather_rows([(name, size_and_checksum(saving / name))
+                                      for name in names[self.rank::self.world]]))
+            if self.rank == 0:
+                done = saving / "done.json"
+                done.write_text(json.dumps({"ranks": self.world, "files": files}))
+                size_and_checksum(done)
+                if path.exists():  # a damaged one that resume() went past
+                    shutil.rmtree(path)
+                os.rename(saving, path)
+                for old in sorted(self.folder.glob("step_*"))[:-self.args.keep]:
+                    gone = old.rename(self.folder / f".old_{old.name}")  # a name step_<n> is a whole one
+                    shutil.rmtree(gone)
+        except (OSError, RuntimeError) as e:  # torch says RuntimeError for a full disk
+            raise BadInput(f"{saving}: the checkpoint could not be written "
+                           f"({str(e).strip().splitlines()[0]}); make room there, the last complete one is "
+                           f"kept and --resume True goes on from it.") from None
+        dist.barrier()
+        return path
+
+    def finish(self):
+        """The run is done and its model saved: its checkpoints are of no more use."""
+        dist.barrier()
+        if self.rank == 0:
+            (self.folder.parent / "finished.json").write_text("{}")
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.signals.restore()
+
+
+def size_and_checksum(path):
+    """[bytes, crc32] of a file, which is on the disk afterwards, not only in the system's memory."""
+    crc = size = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 24):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+        os.fsync(f.fileno())
+    return [size, crc]
+
+
+# ---- random states ----
+
+def random_states():
+    """Of every library that draws on this rank, JSON-able."""
+    version, numbers, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    states = {"python": [version, list(numbers), gauss], "numpy": [name, keys.tolist(), *rest],
+              "torch": torch.get_rng_state().tolist()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state().tolist()
+    return states
+
+
+def set_random_states(states):
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
+
+
+# ---- being told to end ----
+
+class StopSignals:
+    """SIGTERM and SIGINT ask for an end at the next safe point; a second one ends the process at once. The
+    launcher passes Ctrl-C on as both within 10 ms, so that only one more than 2 seconds later is a second."""
+
+    def __init__(self):
+        self.name, self.when = "", 0.0
+        self.old = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(self, number, frame):
+        if self.name and time.time() - self.when > 2:
+            os._exit(128 + number)
+        if not self.name:
+            self.name, self.when = signal.Signals(number).name, time.time()
+            os.write(2, f"{self.name}: will save and end behind this step; once more ends at once\n".encode())
+
+    def restore(self):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def parents():
+    """Process ids whose change means that the launcher has died: the parent's and, when that is DeepSpeed's
+    helper process, the one of the `deepspeed` command, which dies alone when it gets a SIGTERM."""
+    parent = os.getppid()
+    try:
+        if b"deepspeed.launcher.launch" not in Path(f"/proc/{parent}/cmdline").read_bytes():
+            return [parent]
+        stat = Path(f"/proc/{parent}/stat").read_text()
+        return [parent, int(stat.rpartition(")")[2].split()[1])]
+    except OSError:  # not Linux, or it has just died
+        return [parent]

@@ -1,0 +1,120 @@
+"""Kill runs at random points, resume them, and compare with straight ones: metrics byte for byte, weights bit
+for bit. The long form of tests/test_resume.py, with real SIGKILLs, one rank and two under ZeRO-3.
+
+    python tests/kill_runs.py                        train_dvpo and train_ppo, 10 kills each; the others, 3 each
+    python tests/kill_runs.py --kills 2 --only dvpo
+
+Every run saves after every step, so that some kills fall into a save. Prints one line a kill and one a run;
+exits with 1 when a resumed run is not the straight one.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def numbers(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.dumps({k: v for k, v in row.items() if not k.startswith(("timing/", "memory/")) and k != "eps"})
+            for row in rows]
+
+
+def weights(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def start(words, ranks):
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port",
+                str(random.randrange(20000, 30000))]
+    env = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+    return subprocess.Popen((launcher if ranks > 1 else [sys.executable]) + list(map(str, words)), cwd=ROOT,
+                            env=env, text=True, start_new_session=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
+
+
+def whole(words, ranks):
+    process = start(words, ranks)
+    text, _ = process.communicate()
+    if process.returncode:
+        sys.exit(f"error: {' '.join(map(str, words))} failed:\n{text[-3000:]}")
+
+
+def steps_done(folder):
+    path = folder / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def kill_and_resume(name, words, ranks, kills, folder, rng):
+    """True when the run that was killed `kills` times ends as the straight one."""
+    straight, killed = folder / f"{name}-{ranks}-straight", folder / f"{name}-{ranks}-killed"
+    whole([*words, "--output_dir", straight], ranks)
+    total, in_save = steps_done(straight), 0
+    for kill in range(kills):
+        process = start([*words, "--output_dir", killed, "--resume", True], ranks)
+        before, first = steps_done(killed), time.time()
+        # One step further at least, then at any point of about two steps. Not while it starts: a kill while
+        # DeepSpeed loads its library leaves a `lock` behind in the torch_extensions folder
+        while process.poll() is None and steps_done(killed) <= before:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.6))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        half = list((killed / "checkpoints").glob(".*")) if (killed / "checkpoints").exists() else []
+        in_save += bool(half)
+        print(f"  {name} on {ranks}: kill {kill + 1} after {time.time() - first:.1f} s, {steps_done(killed)} of "
+              f"{total} rows{', while saving' if half else ''}", flush=True)
+    whole([*words, "--output_dir", killed, "--resume", True], ranks)
+    same = numbers(killed) == numbers(straight) and weights(killed) == weights(straight) != {}
+    print(f"{name} on {ranks} rank(s): {kills} kills, {in_save} while saving: {'the same' if same else 'NOT the same'}",
+          flush=True)
+    return same
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=10, help="of train_dvpo and train_ppo")
+    parser.add_argument("--other_kills", type=int, default=3, help="of sft, train_gvm and train_rm")
+    parser.add_argument("--only", nargs="*", default=["sft", "gvm", "rm", "dvpo", "ppo"], help="stages")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="of train_dvpo and train_ppo")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args = parser.parse_args()
+    rng, same = random.Random(args.seed), True
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        toy = folder / "toy"
+        subprocess.run([sys.executable, "-m", "toy.make", "--out", toy], cwd=ROOT, check=True, capture_output=True)
+        sft = ["sft.py", "--base_model", toy / "model", "--data", toy / "sft.jsonl"]
+        data = ["--data", toy / "preferences.jsonl", "--sft_model", folder / "sft"]
+        small = ["--batch_size", 16, "--micro_batch", 8]
+        whole([*sft, "--max_steps", 60, *small, "--output_dir", folder / "sft"], 1)
+        whole(["train_gvm.py", *data, "--max_steps", 20, *small, "--output_dir", folder / "gvm"], 1)
+        whole(["train_rm.py", *data, "--max_steps", 20, *small, "--output_dir", folder / "rm"], 1)
+        rl = [*data, "--save_every", 1, "--max_steps", 60, "--rollout_batch", 8, "--micro_batch", 4,
+              "--eval_every", 0]
+        plain = ["--save_every", 1, "--max_steps", 30, *small, "--lora_dropout", 0.1]
+        commands = {"sft": [*sft, *plain, "--lora_r", 4], "gvm": ["train_gvm.py", *data, *plain],
+                    "rm": ["train_rm.py", *data, *plain],
+                    "dvpo": ["train_dvpo.py", *rl, "--value_model", folder / "gvm"],
+                    "ppo": ["train_ppo.py", *rl, "--reward_model", folder / "rm"]}
+        for name in args.only:
+            trainer = name in ("dvpo", "ppo")
+            for ranks in args.ranks if trainer else [1]:
+                zero = ["--ds_config", "ds_configs/zero3.json"] if ranks > 1 else []
+                same &= kill_and_resume(name, [*commands[name], *zero], ranks,
+                                        args.kills if trainer else args.other_kills, folder, rng)
+    sys.exit(0 if same else 1)
+
+
+if __name__ == "__main__":
+    main()

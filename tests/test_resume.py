@@ -1,0 +1,367 @@
+"""A run that was killed and goes on is the run that was not: the same metrics, bit for bit the same weights.
+And what a fault leaves behind."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import checkpoint
+import common
+import sft
+import train_dvpo
+import train_gvm
+import train_ppo
+import train_rm
+from conftest import ROOT, clean_env, metrics, recorded, run_stage
+from data import BadInput
+
+STAGES = {"sft": sft, "gvm": train_gvm, "dvpo": train_dvpo, "rm": train_rm, "ppo": train_ppo}
+
+
+class PowerCut(Exception):
+    """What no code of ours expects."""
+
+
+def numbers(folder):
+    """Its metrics but for clocks and memory, as text: what must be byte for byte the same."""
+    return [json.dumps({name: value for name, value in row.items()
+                        if not name.startswith(("timing/", "memory/")) and name != "eps"})
+            for row in metrics(folder)]
+
+
+def weights(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).glob("*.safetensors")}
+
+
+def samples(folder):
+    path = Path(folder) / "samples.jsonl"
+    return path.read_bytes() if path.exists() else None
+
+
+def cut_at(monkeypatch, step):
+    """The run dies when it writes this step's row: half of the line is on the disk."""
+    write = common.MetricLog.write
+
+    def dying(self, at, row):
+        if at == step:
+            self.file.write('{"step": ')
+            self.file.flush()
+            raise PowerCut
+        write(self, at, row)
+    monkeypatch.setattr(common.MetricLog, "write", dying)
+
+
+def flags_of(name, flags, chain, baseline, **changes):
+    extra = {"sft": {"lora_r": 2, "lora_dropout": 0.2}, "gvm": {"lora_dropout": 0.2}, "rm": {"lora_dropout": 0.2},
+             "dvpo": {"value_model": chain.gvm, "sample_every": 2, "kl_horizon": 20},
+             "ppo": {"reward_model": baseline.rm, "sample_every": 2, "critic_warmup": 1}}[name]
+    sft_model = {} if name == "sft" else {"sft_model": chain.sft}
+    return {**getattr(flags, name), "max_steps": 6, **sft_model, **extra, "save_every": 2, **changes}
+
+
+def cut_and_resume(stage, run, folder, monkeypatch, step=3):
+    """(folder of the straight run, folder of one that was cut at a step, twice)."""
+    run_stage(stage, **run, output_dir=folder / "straight")
+    for at in (step, step + 2):
+        with monkeypatch.context() as patch, pytest.raises(PowerCut):
+            cut_at(patch, at)
+            run_stage(stage, **run, output_dir=folder / "cut", resume=True)
+    assert len(list((folder / "cut/checkpoints").glob("step_*"))) > 0
+    run_stage(stage, **run, output_dir=folder / "cut", resume=True)
+    return folder / "straight", folder / "cut"
+
+
+@pytest.mark.parametrize("name, changes", [("sft", {}), ("gvm", {}), ("rm", {}), ("dvpo", {}), ("ppo", {}),
+                                           ("dvpo", {"lora_r": 2}), ("ppo", {"lora_r": 2, "share_base": True})])
+def test_a_resumed_run_is_the_straight_one(name, changes, flags, chain, baseline, tmp_path, monkeypatch):
+    """Weights, optimizer, KL coefficient, tau, dropout: nothing of it starts anew."""
+    run = flags_of(name, flags, chain, baseline, **changes)
+    straight, cut = cut_and_resume(STAGES[name], run, tmp_path, monkeypatch)
+    assert len(numbers(straight)) == 6 and numbers(cut) == numbers(straight)
+    assert weights(straight) and weights(cut) == weights(straight) and samples(cut) == samples(straight)
+    assert not (cut / "checkpoints").exists()  # a finished run needs none
+
+
+@pytest.mark.parametrize("zero, bf16", [(1, False), (1, True), (2, True), (3, False), (3, True)])
+def test_resume_under_every_zero_stage(zero, bf16, flags, chain, baseline, tmp_path, monkeypatch):
+    config = {"zero_optimization": {"stage": zero}, **({"bf16": {"enabled": True}} if bf16 else {})}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run = flags_of("dvpo", flags, chain, baseline, ds_config=tmp_path / "config.json", max_steps=4)
+    straight, cut = cut_and_resume(train_dvpo, run, tmp_path, monkeypatch, step=1)
+    assert numbers(cut) == numbers(straight) and weights(cut) == weights(straight)
+
+
+# ---- faults ----
+
+@pytest.fixture
+def cut_run(flags, chain, baseline, tmp_path, monkeypatch):
+    """Flags of a run with checkpoints of steps 2 and 4 that was cut in its sixth step."""
+    run = {**flags_of("dvpo", flags, chain, baseline), "output_dir": tmp_path / "cut"}
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        cut_at(patch, 5)
+        run_stage(train_dvpo, **run)
+    assert [path.name for path in sorted((tmp_path / "cut/checkpoints").iterdir())] == ["step_00000002",
+                                                                                        "step_00000004"]
+    return run
+
+
+def damage(path, how):
+    if how == "cut short":
+        os.truncate(path, path.stat().st_size // 2)
+    elif how == "bit-flipped":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["cut short", "bit-flipped", "gone"])
+@pytest.mark.parametrize("file", ["policy/*model_states.pt", "rank0.json", "done.json"])
+def test_a_damaged_checkpoint_is_passed_over(how, file, cut_run, flags, chain, baseline, tmp_path, capsys):
+    """The one before it is taken, and the end is the same."""
+    path, = (tmp_path / "cut/checkpoints/step_00000004").glob(file)
+    damage(path, how)
+    if file == "done.json" and how == "bit-flipped":
+        path.write_text(path.read_text().replace('"files"', '"filet"'))
+    run_stage(train_dvpo, **cut_run, resume=True)
+    text = capsys.readouterr().out
+    assert "step_00000004 is damaged" in text and "resumed from" in text and "step_00000002" in text
+    run_stage(train_dvpo, **flags_of("dvpo", flags, chain, baseline), output_dir=tmp_path / "straight")
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "straight")
+    assert weights(tmp_path / "cut") == weights(tmp_path / "straight")
+
+
+def test_a_half_written_checkpoint_is_none(cut_run, tmp_path):
+    """Its name tells, and the next save clears it away."""
+    half = tmp_path / "cut/checkpoints/.saving_6"
+    half.mkdir()
+    (half / "rank0.json").write_text("{")
+    run_stage(train_dvpo, **cut_run, resume=True)
+    assert len(numbers(tmp_path / "cut")) == 6 and not half.exists()
+
+
+def test_an_unfinished_run_is_not_overwritten(cut_run, tmp_path):
+    before = (tmp_path / "cut/metrics.jsonl").read_bytes()
+    with pytest.raises(BadInput, match="--resume True"):
+        run_stage(train_dvpo, **cut_run)
+    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("change, named", [({"lr": 5e-4}, "--lr: 0.001 then, 0.0005 now"), ({"seed": 7}, "--seed"),
+                                           ({"split_seed": 3}, "--split_seed")])
+def test_resume_with_other_flags_says_which(change, named, cut_run):
+    with pytest.raises(BadInput, match=named):
+        run_stage(train_dvpo, **{**cut_run, **change}, resume=True)
+
+
+def test_resume_with_another_zero_stage_or_other_data_says_so(cut_run, tmp_path):
+    (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
+    with pytest.raises(BadInput, match="--ds_config"):
+        run_stage(train_dvpo, **{**cut_run, "ds_config": tmp_path / "zero2.json"}, resume=True)
+    rows = Path(cut_run["data"]).read_text().splitlines(keepends=True)
+    changed = Path(cut_run["data"]).with_name("changed.jsonl")
+    changed.write_text("".join(rows[:-3]))
+    changed.replace(tmp_path / "data.jsonl")
+    with pytest.raises(BadInput, match="content of --data"):
+        run_stage(train_dvpo, **{**cut_run, "data": tmp_path / "data.jsonl"}, resume=True)
+
+
+def test_what_is_finished_is_not_done_again(chain, flags, baseline, tmp_path, capsys):
+    run = {**flags_of("sft", flags, chain, baseline, max_steps=2), "output_dir": tmp_path / "run"}
+    run_stage(sft, **run)
+    before = weights(tmp_path / "run")
+    with pytest.raises(SystemExit) as end:
+        run_stage(sft, **run, resume=True)
+    assert end.value.code == 0 and "is finished" in capsys.readouterr().out
+    assert weights(tmp_path / "run") == before
+    run_stage(sft, **run)  # without --resume it is a new run
+
+
+def test_nothing_to_resume_from_starts_at_the_beginning_and_says_so(chain, flags, baseline, tmp_path, capsys):
+    """So that one command line serves for the first and every later start."""
+    run_stage(sft, **flags_of("sft", flags, chain, baseline, max_steps=2), output_dir=tmp_path, resume=True)
+    assert "starting from the beginning" in capsys.readouterr().out and len(numbers(tmp_path)) == 2
+
+
+def test_only_the_latest_are_kept(flags, chain, baseline, tmp_path, monkeypatch):
+    run = flags_of("sft", flags, chain, baseline, save_every=1, keep=3)
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        cut_at(patch, 5)
+        run_stage(sft, **run, output_dir=tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step_0000000{i}" for i in (3, 4, 5)]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
+                                   RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")])
+def test_a_full_disk_while_saving_keeps_the_last_checkpoint(error, flags, chain, baseline, tmp_path, monkeypatch):
+    import deepspeed
+    run = {**flags_of("dvpo", flags, chain, baseline), "output_dir": tmp_path}
+    save = deepspeed.DeepSpeedEngine.save_checkpoint
+
+    def full(self, folder, **kwargs):
+        if folder.endswith("_4"):
+            (Path(folder) / "half").write_text("x")
+            raise error
+        return save(self, folder, **kwargs)
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="could not be written"):
+        patch.setattr(deepspeed.DeepSpeedEngine, "save_checkpoint", full)
+        run_stage(train_dvpo, **run)
+    run_stage(train_dvpo, **run, resume=True)
+    assert len(numbers(tmp_path)) == 6
+
+
+def test_a_folder_in_use(chain, flags, baseline, tmp_path):
+    """By another process; its lock goes with it."""
+    code = (f"import fcntl, sys, time; f = open({str(tmp_path / '.lock')!r}, 'w'); "
+            f"fcntl.flock(f, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    run = flags_of("sft", flags, chain, baseline, max_steps=1)
+    try:
+        with pytest.raises(BadInput, match="another run is writing there"):
+            run_stage(sft, **run, output_dir=tmp_path)
+        assert not (tmp_path / "args.json").exists()
+    finally:
+        other.kill()
+        other.wait()
+    run_stage(sft, **run, output_dir=tmp_path)
+
+
+NAN = {"sft": ("batch_loss", "the loss"), "gvm": ("td_loss", "the loss"), "rm": ("pair_loss", "the loss"),
+       "dvpo": ("policy_loss", "the loss"), "ppo": ("value_loss", "the loss")}
+
+
+@pytest.mark.parametrize("name", list(NAN))
+def test_a_loss_that_is_not_finite_stops_before_the_weights(name, flags, chain, baseline, tmp_path, monkeypatch):
+    """In the first optimizer step behind the checkpoint of step 2: the run names step and rows, no step was
+    taken, and goes on when the cause is gone as if nothing had been."""
+    stage, (function, what) = STAGES[name], NAN[name]
+    run = flags_of(name, flags, chain, baseline)
+    run_stage(stage, **run, output_dir=tmp_path / "straight")
+    loss_of, saved, steps = getattr(stage, function), [], []
+    recorded(monkeypatch, checkpoint.Checkpoints, "save", saved)
+
+    def poisoned(*args, **kwargs):
+        loss, *rest = result = loss_of(*args, **kwargs) if name != "rm" else (loss_of(*args, **kwargs),)
+        loss = loss * float("nan") if saved else loss
+        return (loss, *rest) if name != "rm" else loss
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="Step 2: the loss is not finite") as end:
+        patch.setattr(stage, function, poisoned)
+        counting = register_optimizer_step_pre_hook(lambda *args: steps.append(len(saved)))
+        run_stage(stage, **run, output_dir=tmp_path / "bad")
+    counting.remove()
+    assert "rows" in str(end.value) and "()" not in str(end.value) and "Traceback" not in str(end.value)
+    assert steps and not any(steps)  # none behind the checkpoint
+    run_stage(stage, **run, output_dir=tmp_path / "bad", resume=True)
+    assert numbers(tmp_path / "bad") == numbers(tmp_path / "straight")
+    assert weights(tmp_path / "bad") == weights(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("stage, name", [(train_dvpo, "dvpo"), (train_ppo, "ppo")])
+def test_a_value_that_is_not_finite_names_the_prompt(stage, name, flags, chain, baseline, tmp_path, monkeypatch):
+    values_of = stage.response_values
+
+    def poisoned(*args):
+        values = values_of(*args)
+        values[0, 1] = float("inf")
+        return values
+    monkeypatch.setattr(stage, "response_values", poisoned)
+    with pytest.raises(BadInput, match="Step 0: .* is not finite .*'is thing"):
+        run_stage(stage, **flags_of(name, flags, chain, baseline), output_dir=tmp_path)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_a_gradient_that_is_not_finite_ends_the_run(zero, flags, tmp_path, monkeypatch):
+    """The loss is a number, its gradient is not (a square root at 0). The run ends, nothing is written."""
+    (tmp_path / "config.json").write_text(json.dumps({"zero_optimization": {"stage": zero}}))
+    loss_of = sft.batch_loss
+
+    def poisoned(*args):
+        loss, n = loss_of(*args)
+        return loss + (0 * loss).sqrt(), n
+    monkeypatch.setattr(sft, "batch_loss", poisoned)
+    with pytest.raises(BadInput, match="gradient is not finite"):
+        run_stage(sft, **{**flags.sft, "ds_config": tmp_path / "config.json"}, output_dir=tmp_path / "out")
+    assert not metrics(tmp_path / "out") and not weights(tmp_path / "out")
+
+
+# ---- signals, with real processes ----
+
+def start(stage, run, ranks=0):
+    """A fresh process of a stage; under the launcher when `ranks` is given."""
+    words = [str(word) for name, value in run.items() for word in (f"--{name}", value)]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port",
+                str(29200 + os.getpid() % 300)]
+    command = (launcher if ranks else [sys.executable]) + [f"{stage.__name__}.py", *words]
+    return subprocess.Popen(command, cwd=ROOT, env=clean_env(), text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for_steps(folder, steps, process, timeout=400):
+    end = time.time() + timeout
+    path = folder / "metrics.jsonl"
+    while not path.exists() or len(path.read_text().splitlines()) < steps:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.time() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends(number, flags, chain, baseline, tmp_path):
+    """With SIGINT and SIGTERM within 10 ms, as the launcher passes Ctrl-C on, too: that is one."""
+    run = flags_of("dvpo", flags, chain, baseline, max_steps=12, save_every=0)
+    run_stage(train_dvpo, **run, output_dir=tmp_path / "straight")
+    process = start(train_dvpo, {**run, "max_steps": 12, "output_dir": tmp_path / "told"})
+    wait_for_steps(tmp_path / "told", 1, process)
+    process.send_signal(number)
+    if number == signal.SIGINT:
+        time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in text
+    assert f"stopped by {number.name}" in text and "--resume True" in text
+    done = len(numbers(tmp_path / "told"))
+    assert 1 <= done < 12 and (tmp_path / f"told/checkpoints/step_{done:08d}/done.json").exists()
+    run_stage(train_dvpo, **run, output_dir=tmp_path / "told", resume=True)
+    assert numbers(tmp_path / "told") == numbers(tmp_path / "straight")
+    assert weights(tmp_path / "told") == weights(tmp_path / "straight")
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    signals = checkpoint.StopSignals()
+    try:
+        signals.note(signal.SIGINT, None)
+        signals.note(signal.SIGTERM, None)
+        assert signals.name == "SIGINT" and not ended
+        signals.when -= 2.1
+        signals.note(signal.SIGTERM, None)
+        assert ended == [128 + signal.SIGTERM]
+    finally:
+        signals.restore()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_ranks_end_when_their_launcher_alone_is_killed(number, flags, chain, baseline, tmp_path):
+    """Two ranks under ZeRO-3; they save what they have."""
+    run = {**flags_of("dvpo", flags, chain, baseline, max_steps=500, save_every=0),
+           "ds_config": "ds_configs/zero3.json", "output_dir": tmp_path}
+    process = start(train_dvpo, run, ranks=2)
+    wait_for_steps(tmp_path, 2, process)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=90)  # the ranks hold its output open until they end
+    assert "stopped by the death of its launcher" in text
+    done = len(numbers(tmp_path))
+    assert done < 500 and (tmp_path / f"checkpoints/step_{done:08d}/done.json").exists()
+    with pytest.raises(BadInput, match="number of ranks: 2 then, 1 now"):
+        run_stage(train_dvpo, **run, resume=True)
