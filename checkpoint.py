@@ -168,6 +168,7 @@ class Checkpoints:
         if self.rank == 0:
             (self.folder.parent / "finished.json").write_text("{}")
             shutil.rmtree(self.folder, ignore_errors=True)
+        dist.barrier()  # a rank that ends while another is at work can take it down
         self.signals.restore()
 
 
