@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import all_sum, gather_rows, print0
+from common import gather_rows, print0
 from data import BadInput
 
 MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank"}  # flags that change no number
@@ -34,7 +34,7 @@ MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank"}  # fla
 class Checkpoints:
     """The checkpoints of one run, and its end.
 
-    run = Checkpoints(out, args, {"policy": engine}, data=train, device=device)
+    run = Checkpoints(out, args, {"policy": engine}, data=train)
     start, state = run.resume()                  0 and {} where nothing is resumed
     for step in range(start, steps):
         ...
@@ -44,8 +44,11 @@ class Checkpoints:
     engines: {name: DeepSpeed engine};  data: the rows of training, whose checksum must not change
     """
 
-    def __init__(self, out, args, engines, data, device):
-        self.folder, self.args, self.engines, self.device = Path(out) / "checkpoints", args, engines, device
+    def __init__(self, out, args, engines, data):
+        if args.save_every < 0 or args.keep < 1:
+            raise BadInput(f"--save_every {args.save_every} must not be negative and --keep {args.keep} at "
+                           f"least 1.")
+        self.folder, self.args, self.engines = Path(out) / "checkpoints", args, engines
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in MAY_DIFFER}
         self.same = {**{f"--{name}": value for name, value in flags.items()},

@@ -169,7 +169,7 @@ def main(args):
     print0(f"sft: {len(train)} rows, {len(test)} held out; optimizer batch {args.batch_size} = {world} ranks "
            f"x micro batch {args.micro_batch} x {accum} accumulation; {steps} steps")
 
-    run = Checkpoints(out, args, {"model": engine}, (train, test), device)
+    run = Checkpoints(out, args, {"model": engine}, (train, test))
     start, _ = run.resume()
     log = MetricLog(out, show=["loss", "eval/loss", "lr", "timing/step_total"], steps=steps, start=start)
     for step in range(start, steps):

@@ -503,7 +503,7 @@ def main(args):
         gvm = functools.partial(frozen, role="gvm") if on_sft else freeze(gvm, config, device)
         value = lambda policy, rows, tau: gvm_values(gvm, rows, tau, tokenizer, args, device, share)
 
-    run = Checkpoints(out, args, {"policy": engine}, (train, test), device)
+    run = Checkpoints(out, args, {"policy": engine}, (train, test))
     start, state = run.resume()
     log = MetricLog(out, show=["objective/true_reward", "objective/kl", "objective/kl_coef", "gvm/mean",
                                "completions/mean_length", "policy/clipfrac_avg", "timing/step_total"],

@@ -334,7 +334,7 @@ def main(args):
            f"{args.tau_answer_tokens} tokens; where tau + prompt + response exceed {context}, whole pairs "
            f"are left out, the first one first")
 
-    run = Checkpoints(out, args, {"model": engine}, (train, pairs), device)
+    run = Checkpoints(out, args, {"model": engine}, (train, pairs))
     start, state = run.resume()
     tau_source.shortened = state.get("shortened", 0)
     log = MetricLog(out, show=["loss", "value/mean", "eval/accuracy", "lr", "timing/step_total"], steps=steps,

@@ -559,7 +559,7 @@ def main(args):
         reference = freeze(load_policy(sft, tokenizer, dtype_of(config), "--sft_model"), config, device)
 
     engines = {"policy": engine} if args.share_base else {"policy": engine, "critic": critic}
-    run = Checkpoints(out, args, engines, (train, test), device)
+    run = Checkpoints(out, args, engines, (train, test))
     start, state = run.resume()
     log = MetricLog(out, show=["objective/true_reward", "objective/kl", "objective/kl_coef",
                                "objective/scores", "completions/mean_length", "policy/clipfrac_avg",

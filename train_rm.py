@@ -178,7 +178,7 @@ def main(args):
     print0(f"train_rm: {len(train)} pairs, {len(test)} held out; optimizer batch {args.batch_size} = {world} "
            f"ranks x micro batch {args.micro_batch} x {accum} accumulation; {steps} steps")
 
-    run = Checkpoints(out, args, {"model": engine}, (train, test), device)
+    run = Checkpoints(out, args, {"model": engine}, (train, test))
     start, _ = run.resume()
     log = MetricLog(out, show=["loss", "accuracy", "eval/accuracy", "lr", "timing/step_total"], steps=steps,
                     start=start)

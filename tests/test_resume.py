@@ -101,6 +101,14 @@ def test_resume_under_every_zero_stage(zero, bf16, flags, chain, baseline, tmp_p
 
 # ---- faults ----
 
+@pytest.fixture(scope="module")
+def straight(flags, chain, baseline, tmp_path_factory):
+    """Folder of the DVPO run that was not cut."""
+    folder = tmp_path_factory.mktemp("straight")
+    run_stage(train_dvpo, **flags_of("dvpo", flags, chain, baseline), output_dir=folder)
+    return folder
+
+
 @pytest.fixture
 def cut_run(flags, chain, baseline, tmp_path, monkeypatch):
     """Flags of a run with checkpoints of steps 2 and 4 that was cut in its sixth step."""
@@ -126,7 +134,7 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["cut short", "bit-flipped", "gone"])
 @pytest.mark.parametrize("file", ["policy/*model_states.pt", "rank0.json", "done.json"])
-def test_a_damaged_checkpoint_is_passed_over(how, file, cut_run, flags, chain, baseline, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_passed_over(how, file, cut_run, straight, tmp_path, capsys):
     """The one before it is taken, and the end is the same."""
     path, = (tmp_path / "cut/checkpoints/step_00000004").glob(file)
     damage(path, how)
@@ -135,9 +143,7 @@ def test_a_damaged_checkpoint_is_passed_over(how, file, cut_run, flags, chain, b
     run_stage(train_dvpo, **cut_run, resume=True)
     text = capsys.readouterr().out
     assert "step_00000004 is damaged" in text and "resumed from" in text and "step_00000002" in text
-    run_stage(train_dvpo, **flags_of("dvpo", flags, chain, baseline), output_dir=tmp_path / "straight")
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "straight")
-    assert weights(tmp_path / "cut") == weights(tmp_path / "straight")
+    assert numbers(tmp_path / "cut") == numbers(straight) and weights(tmp_path / "cut") == weights(straight)
 
 
 def test_a_half_written_checkpoint_is_none(cut_run, tmp_path):
@@ -198,6 +204,12 @@ def test_only_the_latest_are_kept(flags, chain, baseline, tmp_path, monkeypatch)
         cut_at(patch, 5)
         run_stage(sft, **run, output_dir=tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step_0000000{i}" for i in (3, 4, 5)]
+
+
+@pytest.mark.parametrize("change", [{"keep": 0}, {"save_every": -1}])
+def test_impossible_checkpoint_settings(change, chain, flags, baseline, tmp_path):
+    with pytest.raises(BadInput, match=f"--{next(iter(change))}"):
+        run_stage(sft, **flags_of("sft", flags, chain, baseline, **change), output_dir=tmp_path)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
