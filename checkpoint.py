@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import gather_rows, print0
+from common import LOST_RANK, gather_rows, print0
 from data import BadInput
 
 MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank"}  # flags that change no number
@@ -159,6 +159,8 @@ class Checkpoints:
                     gone = old.rename(self.folder / f".old_{old.name}")  # a name step_<n> is a whole one
                     shutil.rmtree(gone)
         except (OSError, RuntimeError) as e:  # torch says RuntimeError for a full disk
+            if LOST_RANK.search(str(e)):
+                raise
             raise BadInput(f"{saving}: the checkpoint could not be written "
                            f"({str(e).strip().splitlines()[0]}); make room there, the last complete one is "
                            f"kept and --resume True goes on from it.") from None

@@ -101,11 +101,24 @@ def init_distributed():
         print("starting (the first run on a CPU compiles for a minute or more; if it hangs here, an earlier "
               "one was killed meanwhile: delete the file `lock` in the torch_extensions folder)", flush=True)
     deepspeed.init_distributed(verbose=False)
+    sys.excepthook = functools.partial(say_when_another_rank_has_died, sys.excepthook)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+LOST_RANK = re.compile(r"Connection (closed|reset) by peer")  # what a collective says that lost its partner
+
+
+def say_when_another_rank_has_died(otherwise, kind, error, trace):
+    """One sentence in place of the traceback of a collective that lost its partner."""
+    if issubclass(kind, RuntimeError) and LOST_RANK.search(str(error)):
+        print(f"rank {dist.get_rank()}: another rank has ended, see above for why; the last checkpoint is "
+              f"good, --resume True goes on from it", file=sys.stderr, flush=True)
+    else:
+        otherwise(kind, error, trace)
 
 
 def print0(*text):

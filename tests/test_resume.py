@@ -377,3 +377,17 @@ def test_the_ranks_end_when_their_launcher_alone_is_killed(number, flags, chain,
     assert done < 500 and (tmp_path / f"checkpoints/step_{done:08d}/done.json").exists()
     with pytest.raises(BadInput, match="number of ranks: 2 then, 1 now"):
         run_stage(train_dvpo, **run, resume=True)
+
+
+def test_the_others_end_when_a_rank_dies(flags, chain, baseline, tmp_path):
+    """Within seconds, with a sentence and no traceback, and leave a checkpoint to go on from."""
+    import psutil  # DeepSpeed brings it
+    run = {**flags_of("dvpo", flags, chain, baseline, max_steps=500, save_every=1), "output_dir": tmp_path}
+    process = start(train_dvpo, run, ranks=2)
+    wait_for_steps(tmp_path, 3, process)
+    rank, = {child for child in psutil.Process(process.pid).children(recursive=True)
+             if "--local_rank=1" in child.cmdline()}
+    rank.kill()
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "another rank has ended" in text and "Traceback" not in text
+    assert list((tmp_path / "checkpoints").glob("step_*/done.json"))
