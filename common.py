@@ -502,7 +502,8 @@ class OneBase(torch.nn.Module):
             self.adapters.load_adapter(folder, role, autocast_adapter_dtype=False)
             self.heads[role] = standardized_head(folder, center, scale, lm)
         # Not registered: its parts are, each on one path, because DeepSpeed hooks a module once a path
-        object.__setattr__(self, "lm", disable_dropout(lm))
+        object.__setattr__(self, "lm", lm)
+        disable_dropout(lm)  # a reward model's adapter brings the one of its training
         self.config, self.lora = lm.config, [m for m in self.adapters.modules() if isinstance(m, LoraLayer)]
         self.trained = {role: [p for name, p in self.named_parameters() if f".{role}." in name]
                         for role in ("policy", "critic")}

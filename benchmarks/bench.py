@@ -98,8 +98,8 @@ def measure(method, folder, args):
     models = ["--value_model", folder / "gvm"] if method == "dvpo" else ppo
     command = [sys.executable, "train_dvpo.py" if method == "dvpo" else "train_ppo.py", "--model", "bench",
                "--sft_model", folder / "sft", *models, "--data", folder / "data.jsonl", "--output_dir", out,
-               "--static_cache", args.static_cache, "--ds_config", args.ds_config, "--rollout_batch", args.rollout_batch,
-               "--micro_batch", args.micro_batch,
+               "--static_cache", args.static_cache, "--ds_config", args.ds_config,
+               "--rollout_batch", args.rollout_batch, "--micro_batch", args.micro_batch,
                "--accum_steps", args.accum_steps, "--ppo_epochs", args.ppo_epochs, "--lora_r", args.lora_r,
                "--max_prompt_length", args.prompt, "--response_length", args.response,
                "--max_steps", args.steps, "--eval_every", 0, "--sample_every", 10**6, "--early_stop_kl", 0,

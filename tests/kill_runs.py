@@ -9,7 +9,6 @@ exits with 1 when a resumed run is not the straight one.
 """
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -20,25 +19,17 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+sys.path.insert(0, str(ROOT))
 
-
-def numbers(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [json.dumps({k: v for k, v in row.items() if not k.startswith(("timing/", "memory/")) and k != "eps"})
-            for row in rows]
-
-
-def weights(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+from conftest import clean_env
+from test_resume import numbers, weights
 
 
 def start(words, ranks):
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port",
                 str(random.randrange(20000, 30000))]
-    env = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
     return subprocess.Popen((launcher if ranks > 1 else [sys.executable]) + list(map(str, words)), cwd=ROOT,
-                            env=env, text=True, start_new_session=True, stdout=subprocess.PIPE,
+                            env=clean_env(), text=True, start_new_session=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
 
 
