@@ -34,21 +34,20 @@ MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank"}  # fla
 class Checkpoints:
     """The checkpoints of one run, and its end.
 
-    run = Checkpoints(out, args, {"policy": engine}, data=train)
-    start, state = run.resume()                  0 and {} where nothing is resumed
+    run = Checkpoints(out, args, data=train)     refuses, before a model is loaded, what it cannot go on with
+    start, state = run.resume({"policy": engine})         0 and {} where nothing is resumed
     for step in range(start, steps):
         ...
         run.after(step, steps, beta=beta)        saves when due; ends the process when it was told to end
     run.finish()                                 after the model is saved
 
-    engines: {name: DeepSpeed engine};  data: the rows of training, whose checksum must not change
+    data: the rows of training, whose checksum must not change;  resume takes {name: DeepSpeed engine}
+
+    Writes args.json, what runs here.
     """
 
-    def __init__(self, out, args, engines, data):
-        if args.save_every < 0 or args.keep < 1:
-            raise BadInput(f"--save_every {args.save_every} must not be negative and --keep {args.keep} at "
-                           f"least 1.")
-        self.folder, self.args, self.engines = Path(out) / "checkpoints", args, engines
+    def __init__(self, out, args, data):
+        self.folder, self.args = Path(out) / "checkpoints", args
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in MAY_DIFFER}
         self.same = {**{f"--{name}": value for name, value in flags.items()},
@@ -56,24 +55,29 @@ class Checkpoints:
                      "content of --ds_config": Path(args.ds_config).read_text(),
                      "content of --data": hashlib.sha256(repr(data).encode()).hexdigest()[:16]}
         self.same = json.loads(json.dumps(self.same, default=str))
-        self.signals, self.launcher = StopSignals(), parents()
+        self.found = self.find()
+        dist.barrier()  # what one rank has refused must not be changed by another
+        if self.rank == 0:
+            try:
+                (Path(out) / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
+            except OSError as e:
+                raise BadInput(f"--output_dir {out}: cannot write there ({e.strerror}); make room or choose "
+                               f"another folder.") from None
 
     # ---- reading ----
 
-    def resume(self):
-        """(first step to do, what the loop had handed to `after`), weights and random states restored."""
-        finished = self.folder.parent / "finished.json"
-        if self.args.resume and finished.exists():
-            print0(f"{finished.parent}: this run is finished, nothing is left to do")
+    def find(self):
+        """(folder of the checkpoint to go on from, its rank file of this rank), or None to start anew."""
+        if self.args.resume and (self.folder.parent / "finished.json").exists():
+            print0(f"{self.folder.parent}: this run is finished, nothing is left to do")
             raise SystemExit(0)
         found = sorted(self.folder.glob("step_*"), reverse=True)
         if not self.args.resume:
-            finished.unlink(missing_ok=True)
             if found:
                 raise BadInput(f"--output_dir {self.folder.parent}: a run that is not finished lies here "
                                f"({found[0].name}): continue it with --resume True, delete {self.folder}, or "
                                f"choose another folder.")
-            return 0, {}
+            return None
         for path in found:
             wrong = self.damage(path)
             if not wrong:
@@ -81,7 +85,7 @@ class Checkpoints:
             print0(f"warning: {path} is damaged ({wrong}): taking the one before it")
         else:
             print0(f"warning: --resume: no complete checkpoint in {self.folder}: starting from the beginning")
-            return 0, {}
+            return None
         written_by = json.loads((path / "done.json").read_text())["ranks"]
         mine = json.loads((path / f"rank{self.rank % written_by}.json").read_text())
         then = mine["same"]
@@ -90,6 +94,16 @@ class Checkpoints:
         if differ:
             raise BadInput(f"--resume: {path} was written by another run ({'; '.join(differ)[:600]}): give "
                            f"the same again, or choose another --output_dir.")
+        return path, mine
+
+    def resume(self, engines):
+        """(first step to do, what the loop had handed to `after`), weights and random states restored."""
+        self.engines = engines
+        self.signals, self.launcher = StopSignals(), parents()
+        if self.found is None:
+            (self.folder.parent / "finished.json").unlink(missing_ok=True)
+            return 0, {}
+        path, mine = self.found
         for name, engine in self.engines.items():
             engine.load_checkpoint(str(path), tag=name, load_module_strict=False)
         set_random_states(mine["random"])

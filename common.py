@@ -29,13 +29,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser,
                           LogitsProcessor, LogitsProcessorList)
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from data import BadInput
+from data import BadInput, one_line
 
 # Stored in the tokenizer when a base model brings none, so that every later stage
 # and any server render alike.
@@ -67,7 +68,25 @@ def parse_args(cls, argv=None):
         toy = DEFAULTS[Path(inspect.getfile(cls)).stem]
         parser.set_defaults(**{name: value for name, value in toy.items() if name in names})
         values = parser.parse_args(argv)
+    for flag, (low, high) in LIMITS.items():
+        value = getattr(values, flag, low)
+        if isinstance(value, (int, float)) and not low <= value <= high:  # true of nan, too
+            raise BadInput(f"--{flag} {value:g} makes no sense: give a number from {low:g} to {high:g}.")
     return cls(**vars(values))
+
+
+MOST = 1e12
+LIMITS = {  # flag: smallest and largest value, in every script that has it
+    **dict.fromkeys(("lr", "critic_lr", "warmup_steps", "critic_warmup", "max_grad_norm", "eval_every",
+                     "sample_every", "save_every", "eval_pairs", "eval_prompts", "seed", "split_seed", "k",
+                     "lora_r", "kl_coef", "kl_target", "early_stop_kl", "temperature"), (0, MOST)),
+    **dict.fromkeys(("epochs", "lora_alpha", "max_length", "max_prompt_length", "response_length", "keep",
+                     "kl_horizon", "tau_question_tokens", "tau_answer_tokens", "pairs", "prompts",
+                     "reference_rows"), (1, MOST)),
+    **dict.fromkeys(("gamma", "lam", "gae_lam", "tau_warmup", "lora_dropout"), (0, 1)),
+    **dict.fromkeys(("cliprange", "cliprange_value"), (1e-6, MOST)),
+    **dict.fromkeys(("missing_eos_penalty", "score_min", "score_max"), (-MOST, MOST)),
+    "max_steps": (-1, MOST)}
 
 
 def init_distributed():
@@ -165,7 +184,7 @@ LOCKS = {}  # output folder -> its open lock file; a lock goes with the process,
 
 def output_folder(args, stage):
     """runs/<model name>/<stage> unless --output_dir says otherwise; made at once, so that an unwritable place
-    shows before the expensive work. args.json in it is what ran. One process at a time writes there.
+    shows before the expensive work. One process at a time writes there.
     """
     out = Path(args.output_dir or Path("runs") / Path(args.model).name / stage)
     try:
@@ -175,7 +194,6 @@ def output_folder(args, stage):
                 lock = open(out / ".lock", "w")
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 LOCKS[out.resolve()] = lock
-            (out / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
     except BlockingIOError:
         raise BadInput(f"--output_dir {out}: another run is writing there; wait for its end or choose "
                        f"another folder.") from None
@@ -201,6 +219,16 @@ def model_place(path):
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 
+def base_of(path):
+    """Where the weights are that an adapter's folder builds on; `path` itself when it holds no adapter."""
+    try:
+        return json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise BadInput(f"{path}: its adapter_config.json cannot be read ({e!r}); train it again.") from None
+
+
 def load_plug(spec, flag):
     """`module:function` -> the function. How values (--value_fn) and truth
     (--truth_fn) of your own come in."""
@@ -224,13 +252,25 @@ def ds_config(path, micro_batch=1, max_grad_norm=1.0):
     engine.step applies them, as in plain PyTorch. The managed form silently keeps only the last
     backward (ZeRO-1/2) when the counts disagree.
     """
+    from deepspeed.runtime.config import DeepSpeedConfig
     try:
         config = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
-        raise BadInput(f"--ds_config {path}: {e}; choose a JSON file from ds_configs/.") from None
-    return {**config, "train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": 1,
-            "gradient_clipping": 0.0 if is_plain(config) else max_grad_norm,  # plain: see clip_in_step
-            "managed_gradient_accumulation": False, "zero_allow_untested_optimizer": True}
+        unknown = set(config) - DS_KEYS
+        if unknown:  # DeepSpeed passes over a misspelt key without a word
+            raise ValueError(f"{', '.join(map(repr, sorted(unknown)))} is not for this file, which has "
+                             f"precision, ZeRO and offload")
+        config = {**config, "train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": 1,
+                  "gradient_clipping": 0.0 if is_plain(config) else max_grad_norm,  # plain: see clip_in_step
+                  "managed_gradient_accumulation": False, "zero_allow_untested_optimizer": True}
+        DeepSpeedConfig(config)
+    except Exception as e:  # DeepSpeed's check fails in a dozen ways, which all mean: the file is wrong
+        raise BadInput(f"--ds_config {path}: {one_line(e)}; choose a JSON file from ds_configs/.") from None
+    return config
+
+
+DS_KEYS = {"bf16", "zero_optimization", "zero_force_ds_cpu_optimizer", "data_types",
+           "communication_data_type", "prescale_gradients", "aio", "comms_logger", "wall_clock_breakdown",
+           "flops_profiler"}
 
 
 def is_plain(config):
@@ -312,19 +352,40 @@ def gather_rows(rows):
 
 # ---- models and tokenizers ---------------------------------------------------------------------------------
 
-def pretrained(cls, path, flag="--model", **kwargs):
-    """cls.from_pretrained with the usual failures turned into one sentence."""
+@contextlib.contextmanager
+def loading(path, flag):
+    """What fails while a foreign folder or hub id is loaded ends in one sentence."""
     try:
-        return cls.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
-        text = str(e)
-        if "gated" in text.lower() or "401" in text or "403" in text:
+        yield
+    except Exception as e:  # any of a dozen classes of four libraries
+        text = str(e).lower()
+        if "gated" in text or "401" in text or "403" in text:
             why = "the repository is gated: accept its licence on huggingface.co and run `hf auth login`"
         elif Path(path).exists():
-            why = text.strip().split("\n")[0]
+            why = one_line(e)
         else:
             why = "no such folder here, and the hub could not be reached or has no such model"
         raise BadInput(f"{flag} {path}: cannot load it ({why}).") from None
+
+
+def pretrained(cls, path, flag="--model", **kwargs):
+    """cls.from_pretrained of a config, a tokenizer or a model. Nothing of a model's own code is run, and no
+    pickle is read: weights are safetensors."""
+    if cls not in (AutoConfig, AutoTokenizer):
+        kwargs["use_safetensors"] = True
+    with loading(path, flag):
+        return cls.from_pretrained(path, trust_remote_code=False, **kwargs)
+
+
+def load_weights(cls, path, flag, new_head=False, **kwargs):
+    """A model all of whose weights are in its files; with new_head its head may be missing: a random one."""
+    model, info = pretrained(cls, path, flag, output_loading_info=True, **kwargs)
+    missing = [name for name in info["missing_keys"]
+               if not (new_head and re.match(r"(score|classifier)\.", name))]
+    if missing:  # transformers would draw them at random
+        raise BadInput(f"{flag} {path}: weights are missing from its files ({one_line(missing)}); copy it "
+                       f"again or choose another model.")
+    return model
 
 
 def load_tokenizer(path, flag="--model"):
@@ -356,13 +417,26 @@ def load_tokenizer(path, flag="--model"):
     return tokenizer
 
 
+def check_model(path, tokenizer, flag, tokens=0, asked=""):
+    """Refuse, from its config alone, a model that lacks some of the tokenizer's tokens, or whose context is
+    shorter than `tokens`, the sum of the flags `asked`. Returns the context, 10**9 where it has no limit."""
+    if base_of(path) != path:
+        check_head(path, flag)
+    config = pretrained(AutoConfig, base_of(path), flag).get_text_config()
+    if (getattr(config, "vocab_size", None) or len(tokenizer)) < len(tokenizer):
+        raise BadInput(f"{flag} {path}: the tokenizer has {len(tokenizer)} tokens, the model only "
+                       f"{config.vocab_size}: they do not belong together.")
+    context = getattr(config, "max_position_embeddings", None) or 10**9
+    if tokens > context:
+        raise BadInput(f"{asked}: {tokens} tokens are more than the {context} of {flag} {path}'s context: "
+                       f"lower it.")
+    return context
+
+
 def load_policy(path, tokenizer, dtype, flag="--model"):
     """Causal LM whose samples and log-probs agree: no dropout, and none of the
     checkpoint's sampling settings."""
-    model = pretrained(AutoModelForCausalLM, path, flag, dtype=dtype)
-    if model.get_input_embeddings().num_embeddings < len(tokenizer):
-        raise BadInput(f"{flag} {path}: the tokenizer has {len(tokenizer)} tokens, the model only "
-                       f"{model.get_input_embeddings().num_embeddings}: they do not belong together.")
+    model = load_weights(AutoModelForCausalLM, path, flag, dtype=dtype)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id,
                                                bos_token_id=tokenizer.bos_token_id,
                                                pad_token_id=tokenizer.pad_token_id)
@@ -425,8 +499,8 @@ def load_value_base(path, dtype, flag="--sft_model", lm=None):
     config = pretrained(AutoConfig, path, flag, num_labels=1)
     config.classifier_dropout = 0.0
     if lm is None:
-        return disable_dropout(pretrained(AutoModelForTokenClassification, path, flag, config=config,
-                                          dtype=dtype))
+        return disable_dropout(load_weights(AutoModelForTokenClassification, path, flag, new_head=True,
+                                            config=config, dtype=dtype))
     with torch.device("meta"):  # takes no memory
         model = AutoModelForTokenClassification.from_config(config, dtype=dtype)
     value_head(model).to_empty(device=lm.device).reset_parameters()
@@ -442,7 +516,6 @@ def value_head(model):
 
 def check_head(folder, flag):
     """Refuse an adapter folder whose one-label head was not saved: it would silently be a random one."""
-    from safetensors import safe_open
     with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as f:
         if not any(re.search(r"\.(score|classifier)\.weight$", key) for key in f.keys()):
             raise BadInput(f"{flag} {folder}: the head is missing from adapter_model.safetensors; train it "
@@ -454,10 +527,17 @@ def gvm_settings(folder, flag="--value_model"):
     folder = Path(folder)
     try:
         settings = json.loads((folder / "gvm.json").read_text())
+        lacking = GVM_SETTINGS - set(settings)
+        if lacking:
+            raise ValueError(f"gvm.json has no {', '.join(sorted(lacking))}")
         check_head(folder, flag)
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{flag} {folder}: not a folder that train_gvm.py wrote ({e}).") from None
+    except (OSError, ValueError, TypeError, SafetensorError) as e:
+        raise BadInput(f"{flag} {folder}: not a folder that train_gvm.py wrote ({one_line(e)}).") from None
     return settings
+
+
+GVM_SETTINGS = {"base_model", "k", "tau_question_tokens", "tau_answer_tokens", "max_length", "context",
+                "chat_template", "tokenizer_fingerprint", "split_seed", "reward"}
 
 
 def load_gvm(folder, dtype, flag="--value_model", lm=None):
@@ -466,7 +546,8 @@ def load_gvm(folder, dtype, flag="--value_model", lm=None):
     from peft import PeftModel
     settings = gvm_settings(folder, flag)
     base = load_value_base(settings["base_model"], dtype, f"base model of {flag} {folder}:", lm)
-    return disable_dropout(PeftModel.from_pretrained(base, folder)), settings
+    with loading(folder, flag):
+        return disable_dropout(PeftModel.from_pretrained(base, folder)), settings
 
 
 class OneBase(torch.nn.Module):
@@ -927,6 +1008,11 @@ def keep_steps(path, start):
     short = path.with_name(f".{path.name}")
     short.write_text("".join(kept), encoding="utf-8")
     os.replace(short, path)
+
+
+def due(step, steps, every):
+    """Whether what is done every so many steps is due behind this one, also the last; 0 means never."""
+    return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
 
 
 def check_finite(number, step, what, rows):

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint import Checkpoints
-from common import (MetricLog, all_sum, answer_ids, chat_ids, check_finite, clip_in_step, collate, ds_config,
-                    dtype_of, epoch_rows, init_distributed, load_policy, load_tokenizer, lora_targets,
-                    output_folder, parse_args, peak_memory_gb, print0, save_model, seed_everything, set_lr,
-                    split_batch, step_norm)
+from common import (MetricLog, all_sum, answer_ids, chat_ids, check_finite, check_model, clip_in_step,
+                    collate, ds_config, dtype_of, due, epoch_rows, init_distributed, load_policy,
+                    load_tokenizer, lora_targets, output_folder, parse_args, peak_memory_gb, print0,
+                    save_model, seed_everything, set_lr, split_batch, step_norm)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
 
@@ -146,7 +146,10 @@ def main(args):
     config = ds_config(args.ds_config, args.micro_batch, args.max_grad_norm)
     base = args.base_model or args.model
     tokenizer = load_tokenizer(base)
+    check_model(base, tokenizer, "--model", args.max_length, f"--max_length {args.max_length}")
     train, test = sft_rows(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
+    run = Checkpoints(out, args, (train, test))
+
     model = load_policy(base, tokenizer, dtype_of(config))
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -169,8 +172,7 @@ def main(args):
     print0(f"sft: {len(train)} rows, {len(test)} held out; optimizer batch {args.batch_size} = {world} ranks "
            f"x micro batch {args.micro_batch} x {accum} accumulation; {steps} steps")
 
-    run = Checkpoints(out, args, {"model": engine}, (train, test))
-    start, _ = run.resume()
+    start, _ = run.resume({"model": engine})
     log = MetricLog(out, show=["loss", "eval/loss", "lr", "timing/step_total"], steps=steps, start=start)
     for step in range(start, steps):
         started = time.time()
@@ -200,7 +202,7 @@ def main(args):
         row = {"loss": total / all_tokens, "lr": learning_rate(step, steps, args), "num_tokens": all_tokens,
                "grad_norm": step_norm(engine),
                "timing/step_total": time.time() - started, "memory/peak_gb": peak_memory_gb(device)}
-        if test and (step + 1 == steps or (step + 1) % args.eval_every == 0):
+        if test and due(step, steps, args.eval_every):
             row["eval/loss"] = held_out_loss(engine, test, tokenizer, args, rank, world, device)
         log.write(step, row)
         run.after(step, steps)
@@ -211,3 +213,4 @@ def main(args):
 
 if __name__ == "__main__":
     main(parse_args(Args))
+    torch.distributed.destroy_process_group()  # gloo's threads abort where they outlive the interpreter

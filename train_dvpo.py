@@ -44,12 +44,12 @@ import torch
 from transformers import DynamicCache
 
 from checkpoint import Checkpoints
-from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, check_finite, clip_in_step,
-                    collate, cut_pair, ds_config, dtype_of, epoch_rows, freeze, gather_rows, generate,
-                    gvm_settings, init_distributed, keyed_rng, load_gvm, load_plug, load_policy,
-                    load_tokenizer, lora_targets, micro_batches, model_place, output_folder, parse_args,
-                    peak_memory_gb, print0, save_model, seed_everything, set_lr, stage_folder, step_norm,
-                    tokenizer_fingerprint)
+from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, check_finite, check_model,
+                    clip_in_step, collate, cut_pair, ds_config, dtype_of, due, epoch_rows, freeze,
+                    gather_rows, generate, gvm_settings, init_distributed, keyed_rng, load_gvm, load_plug,
+                    load_policy, load_tokenizer, lora_targets, micro_batches, model_place, output_folder,
+                    parse_args, peak_memory_gb, print0, save_model, seed_everything, set_lr, stage_folder,
+                    step_norm, tokenizer_fingerprint)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
 
@@ -458,6 +458,8 @@ def main(args):
     truth = load_plug(args.truth_fn, "--truth_fn") if args.truth_fn else None
     config = ds_config(args.ds_config, args.micro_batch, args.max_grad_norm)
     tokenizer = load_tokenizer(sft, "--sft_model")
+    check_model(sft, tokenizer, "--sft_model", args.max_prompt_length + args.response_length,
+                f"--max_prompt_length {args.max_prompt_length} + --response_length {args.response_length}")
     if args.value_fn:
         k, settings, plug = 0, {}, load_plug(args.value_fn, "--value_fn")
     else:
@@ -470,15 +472,11 @@ def main(args):
         tokenizer.chat_template, k = settings["chat_template"], settings["k"]
     out = output_folder(args, "dvpo")
     train, test = rl_prompts(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
+    run = Checkpoints(out, args, (train, test))
 
     policy = load_policy(sft, tokenizer, dtype_of(config), "--sft_model")
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable({"use_reentrant": False})
-    if (args.max_prompt_length + args.response_length
-            > getattr(policy.config, "max_position_embeddings", 10**9)):
-        raise BadInput(f"--max_prompt_length {args.max_prompt_length} + --response_length "
-                       f"{args.response_length} exceed the model's context of "
-                       f"{policy.config.max_position_embeddings} tokens: lower one.")
     # The reference's weights are in memory once: a GVM that is LoRA on them, and a LoRA policy, use the same
     on_sft = not args.value_fn and settings["base_model"] == model_place(sft)
     lora = None
@@ -503,8 +501,7 @@ def main(args):
         gvm = functools.partial(frozen, role="gvm") if on_sft else freeze(gvm, config, device)
         value = lambda policy, rows, tau: gvm_values(gvm, rows, tau, tokenizer, args, device, share)
 
-    run = Checkpoints(out, args, {"policy": engine}, (train, test))
-    start, state = run.resume()
+    start, state = run.resume({"policy": engine})
     log = MetricLog(out, show=["objective/true_reward", "objective/kl", "objective/kl_coef", "gvm/mean",
                                "completions/mean_length", "policy/clipfrac_avg", "timing/step_total"],
                     steps=args.max_steps, start=start)
@@ -565,12 +562,12 @@ def main(args):
                           "memory/peak_gb": peak_memory_gb(device)})
         metrics["eps"] = global_batch / metrics["timing/step_total"]
         beta = next_kl_coef(beta, metrics["objective/kl"], args.kl_target, args.kl_horizon, global_batch)
-        if test and args.eval_every > 0 and ((step + 1) % args.eval_every == 0 or step + 1 == args.max_steps):
+        if test and due(step, args.max_steps, args.eval_every):
             metrics.update(held_out(engine, reference, value, truth, test, tau, settings, tokenizer, args,
                                     device))
         log.write(step, metrics)
         warn(metrics)
-        if step % args.sample_every == 0 and rank == 0:
+        if rank == 0 and args.sample_every and step % args.sample_every == 0:
             show_samples(rows, values, tokenizer, step, out)
         previous = gather_rows([{key: row[key] for key in ("prompt", "group", "response")} for row in rows])
         run.after(step, args.max_steps, beta=beta, previous=previous)
@@ -581,3 +578,4 @@ def main(args):
 
 if __name__ == "__main__":
     main(parse_args(Args))
+    torch.distributed.destroy_process_group()  # gloo's threads abort where they outlive the interpreter

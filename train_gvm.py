@@ -36,11 +36,12 @@ import numpy as np
 import torch
 
 from checkpoint import Checkpoints
-from common import (MetricLog, all_sum, chat_ids, check_finite, clip_in_step, collate, cut_pair, ds_config,
-                    dtype_of, epoch_rows, gather_rows, init_distributed, keyed_rng, load_reward_model,
-                    load_tokenizer, load_value_base, lora_targets, model_place, output_folder, parse_args,
-                    peak_memory_gb, print0, responses_that_fit, reward_scores, save_model, seed_everything,
-                    set_lr, split_batch, stage_folder, step_norm, td_loss, tokenizer_fingerprint)
+from common import (MetricLog, all_sum, chat_ids, check_finite, check_model, clip_in_step, collate, cut_pair,
+                    ds_config, dtype_of, due, epoch_rows, gather_rows, init_distributed, keyed_rng,
+                    load_reward_model, load_tokenizer, load_value_base, lora_targets, model_place,
+                    output_folder, parse_args, peak_memory_gb, print0, responses_that_fit, reward_scores,
+                    save_model, seed_everything, set_lr, split_batch, stage_folder, step_norm, td_loss,
+                    tokenizer_fingerprint)
 from data import BadInput, has_policy_names, preference_pair, prompt_text, read_data, report_drops, split_of
 
 
@@ -294,12 +295,14 @@ def main(args):
     out = output_folder(args, "gvm")
     config = ds_config(args.ds_config, args.micro_batch, args.max_grad_norm)
     tokenizer = load_tokenizer(sft, "--sft_model")
+    context = check_model(sft, tokenizer, "--sft_model", args.max_length, f"--max_length {args.max_length}")
     records = read_data(args.data, args.allow_dropped, log=print0)
     if args.k > 0 and not has_policy_names(records):
         raise BadInput(f"--data {args.data}: its responses carry no policy name (`model`), so tau cannot be "
                        f"drawn: use --k 0.")
     train, pairs = trajectories(records, tokenizer, args)
     pairs = pairs[:args.eval_pairs]
+    run = Checkpoints(out, args, (train, pairs))
     reward_map = {"kind": args.reward}
     if args.reward == "score":
         reward_map.update(center=(args.score_max + args.score_min) / 2,
@@ -315,9 +318,6 @@ def main(args):
                                              lora_dropout=args.lora_dropout,
                                              target_modules=lora_targets(model), modules_to_save=[head]),
                            autocast_adapter_dtype=False)
-    context = getattr(model.config, "max_position_embeddings", 10**9)
-    if args.max_length > context:
-        raise BadInput(f"--max_length {args.max_length} exceeds the model's context of {context} tokens.")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
                                   weight_decay=0.0, fused=True)
     clip_in_step(optimizer, config, args.max_grad_norm)
@@ -334,8 +334,7 @@ def main(args):
            f"{args.tau_answer_tokens} tokens; where tau + prompt + response exceed {context}, whole pairs "
            f"are left out, the first one first")
 
-    run = Checkpoints(out, args, {"model": engine}, (train, pairs))
-    start, state = run.resume()
+    start, state = run.resume({"model": engine})
     tau_source.shortened = state.get("shortened", 0)
     log = MetricLog(out, show=["loss", "value/mean", "eval/accuracy", "lr", "timing/step_total"], steps=steps,
                     start=start)
@@ -377,7 +376,7 @@ def main(args):
                "lr": learning_rate(step, steps, args), "num_tokens": all_slots - args.batch_size,
                "grad_norm": step_norm(engine),
                "timing/step_total": time.time() - started, "memory/peak_gb": peak_memory_gb(device)}
-        if pairs and (step + 1 == steps or (step + 1) % args.eval_every == 0):
+        if pairs and due(step, steps, args.eval_every):
             row.update(held_out_ranking(engine, pairs, held_out_tau, tokenizer, args, rank, world, device))
         log.write(step, row)
         run.after(step, steps, shortened=tau_source.shortened)
@@ -396,3 +395,4 @@ def main(args):
 
 if __name__ == "__main__":
     main(parse_args(Args))
+    torch.distributed.destroy_process_group()  # gloo's threads abort where they outlive the interpreter

@@ -41,12 +41,12 @@ import torch
 from transformers import AutoConfig, AutoModelForTokenClassification
 
 from checkpoint import Checkpoints
-from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, check_finite, check_head,
-                    clip_in_step, collate, disable_dropout, ds_config, dtype_of, epoch_rows, freeze,
-                    gather_rows, generate, init_distributed, keyed_rng, load_gvm, load_plug, load_policy,
-                    load_reward_model, load_tokenizer, load_value_base, lora_targets, micro_batches,
-                    model_place, output_folder, parse_args, peak_memory_gb, pretrained, print0, reward_scale,
-                    reward_scores, save_model, seed_everything, set_lr, stage_folder, step_norm,
+from common import (MetricLog, OneBase, all_sum, base_of, batch_normalize, chat_ids, check_finite,
+                    check_model, clip_in_step, collate, disable_dropout, ds_config, dtype_of, due, epoch_rows,
+                    freeze, gather_rows, generate, init_distributed, keyed_rng, load_gvm, load_plug,
+                    load_policy, load_reward_model, load_tokenizer, load_value_base, lora_targets,
+                    micro_batches, model_place, output_folder, parse_args, peak_memory_gb, pretrained, print0,
+                    reward_scale, reward_scores, save_model, seed_everything, set_lr, stage_folder, step_norm,
                     tokenizer_fingerprint, value_head)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
@@ -259,12 +259,9 @@ def model_scores(reward_model, rows, tokenizer, args, device):
     return [(x - center) / scale for x in scores]
 
 
-def load_critic(folder, tokenizer, dtype):
+def load_critic(folder, dtype):
     """V(s) on every token, from a reward model, a GVM or an SFT model (which gets a new head); adapters are
     merged, the head of a reward model is put on the scale of the standardized scores."""
-    if tokenizer_fingerprint(load_tokenizer(folder, "--critic_model")) != tokenizer_fingerprint(tokenizer):
-        raise BadInput(f"--critic_model {folder}: another vocabulary than the policy's; name a model of the "
-                       f"policy's family, for example the SFT model.")
     if (Path(folder) / "gvm.json").exists():
         return load_gvm(folder, dtype, "--critic_model")[0].merge_and_unload().requires_grad_(True)
     if (not (Path(folder) / "adapter_config.json").exists() and "SequenceClassification" not in
@@ -465,29 +462,88 @@ def check_batches(args, world):
            f"{args.rollout_batch // size}")
 
 
-def check_shared(args, folder, sft):
-    if not args.lora_r or args.reward_fn or args.critic_model:
+def check_models(args, sft, rm, tokenizer):
+    """Whether the models belong together and can read enough, from their small files: none is loaded yet."""
+    tokens = args.max_prompt_length + args.response_length
+    asked = f"--max_prompt_length {args.max_prompt_length} + --response_length {args.response_length}"
+    check_model(sft, tokenizer, "--sft_model", tokens, asked)
+    if not args.reward_fn:
+        check_model(rm, load_tokenizer(rm, "--reward_model"), "--reward_model", tokens, asked)
+        reward_scale(rm)
+    critic, its_flag = args.critic_model or rm, "--critic_model" if args.critic_model else "--reward_model"
+    its_tokenizer = load_tokenizer(critic, its_flag)
+    check_model(critic, its_tokenizer, its_flag, tokens, asked)
+    if tokenizer_fingerprint(its_tokenizer) != tokenizer_fingerprint(tokenizer):
+        raise BadInput(f"--critic_model {critic}: another vocabulary than the policy's; name a model of the "
+                       f"policy's family, for example the SFT model.")
+    if args.share_base and (not args.lora_r or args.reward_fn or args.critic_model):
         raise BadInput("--share_base takes policy, critic and reward model as LoRA on the SFT model: give "
                        "--lora_r, a LoRA --reward_model and neither --reward_fn nor --critic_model.")
-    try:
-        base = json.loads((Path(folder) / "adapter_config.json").read_text())["base_model_name_or_path"]
-        check_head(folder, "--reward_model")
-    except (OSError, ValueError, KeyError):
-        base = None
-    if base is None or model_place(base) != model_place(sft):
-        raise BadInput(f"--share_base: the reward model {folder} is not LoRA on the SFT model {sft}; train "
+    if args.share_base and (rm == base_of(rm) or model_place(base_of(rm)) != model_place(sft)):
+        raise BadInput(f"--share_base: the reward model {rm} is not LoRA on the SFT model {sft}; train "
                        f"one with train_rm.py, or leave --share_base out.")
 
 
-def check_context(model, flag, args):
-    context = getattr(model.config, "max_position_embeddings", 10**9)
-    if args.max_prompt_length + args.response_length > context:
-        raise BadInput(f"{flag}: its context of {context} tokens is shorter than --max_prompt_length "
-                       f"{args.max_prompt_length} + --response_length {args.response_length}.")
+def engine_of(model, groups, lr, args, config):
+    """A DeepSpeed engine with AdamW over groups of the model's parameters."""
+    import deepspeed
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=lr, weight_decay=0.0,
+                                  fused=True)
+    clip_in_step(optimizer, config, args.max_grad_norm)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def separate_models(args, sft, rm, tokenizer, config, device):
+    """Policy and critic as engines, reference and reward model frozen, as in the paper. With --lora_r policy
+    and critic are adapters, and the policy's is on the reference's weights, which are in memory once.
+
+    returns (policy, critic, reference, what model_scores takes or None, {name: engine})
+    """
+    reward_model = None
+    if not args.reward_fn:
+        model, *of_its_own = load_reward_model(rm, dtype_of(config))  # tokenizer, center, scale
+        reward_model = freeze(model, config, device), *of_its_own
+    critic = load_critic(args.critic_model or rm, dtype_of(config))
+    policy = load_policy(sft, tokenizer, dtype_of(config), "--sft_model")
+    if args.gradient_checkpointing:
+        for model in (policy, critic):
+            model.activation_checkpointing_enable({"use_reentrant": False})
+    if args.lora_r:
+        from peft import get_peft_model
+        policy = OneBase(policy, lora=adapter(policy, "CAUSAL_LM", args))
+        head = "score" if hasattr(critic, "score") else "classifier"
+        critic = get_peft_model(critic, adapter(critic, "TOKEN_CLS", args, modules_to_save=[head]),
+                                autocast_adapter_dtype=False)
+    engine, critic = (engine_of(model, [[p for p in model.parameters() if p.requires_grad]], lr, args, config)
+                      for model, lr in ((policy, args.lr), (critic, args.critic_lr)))
+    if args.lora_r:
+        reference = functools.partial(engine, role="reference")
+    else:
+        reference = freeze(load_policy(sft, tokenizer, dtype_of(config), "--sft_model"), config, device)
+    return engine, critic, reference, reward_model, {"policy": engine, "critic": critic}
+
+
+def shared_models(args, sft, rm, tokenizer, config, device):
+    """All four as adapters and heads on one copy of the SFT weights, under one engine and one optimizer.
+    Returns what separate_models does."""
+    policy = load_policy(sft, tokenizer, dtype_of(config), "--sft_model")
+    if args.gradient_checkpointing:
+        policy.activation_checkpointing_enable({"use_reentrant": False})
+    policy = OneBase(policy, lora=adapter(policy, "CAUSAL_LM", args), reward=(rm, *reward_scale(rm)))
+    engine = engine_of(policy, [policy.trained["policy"], policy.trained["critic"]], args.lr, args, config)
+    critic, reference, reward = (functools.partial(engine, role=role) for role in ("critic", "reference",
+                                                                                   "reward"))
+    reward_model = reward, load_tokenizer(rm, "--reward_model"), 0.0, 1.0  # standardized already
+    return engine, critic, reference, reward_model, {"policy": engine}
+
+
+def adapter(model, task, args, **more):
+    from peft import LoraConfig
+    return LoraConfig(task_type=task, r=args.lora_r, lora_alpha=args.lora_alpha,
+                      target_modules=lora_targets(model), **more)
 
 
 def main(args):
-    import deepspeed  # here, so that --help and a mistyped flag answer at once
     rank, world, device = init_distributed()
     check_batches(args, world)
     seed_everything(args.seed)
@@ -498,69 +554,20 @@ def main(args):
     if args.reward_fn and args.reward_model:
         raise BadInput("--reward_fn and --reward_model both give the reward: leave one out.")
     if args.reward_fn:
-        start, plug = sft, load_plug(args.reward_fn, "--reward_fn")
+        rm, plug = sft, load_plug(args.reward_fn, "--reward_fn")
         reward = lambda rows: [float(x) for x in plug(rows, engine, tokenizer)]
     else:
-        start = stage_folder(args.model, "rm", args.reward_model, "--reward_model",
-                             f"train_rm.py --model {args.model}")
-        if not args.share_base:
-            model, *of_its_own = load_reward_model(start, dtype_of(config))  # tokenizer, center, scale
-            check_context(model, "--reward_model", args)
-            reward_model = freeze(model, config, device), *of_its_own
+        rm = stage_folder(args.model, "rm", args.reward_model, "--reward_model",
+                          f"train_rm.py --model {args.model}")
         reward = lambda rows: model_scores(reward_model, rows, tokenizer, args, device)
-    if args.share_base:
-        check_shared(args, start, sft)
-    else:
-        critic = load_critic(args.critic_model or start, tokenizer, dtype_of(config))
-        check_context(critic, "--critic_model", args)
+    check_models(args, sft, rm, tokenizer)
     out = output_folder(args, "ppo")
     train, test = rl_prompts(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
+    run = Checkpoints(out, args, (train, test))
 
-    policy = load_policy(sft, tokenizer, dtype_of(config), "--sft_model")
-    if args.gradient_checkpointing:
-        for model in (policy,) if args.share_base else (policy, critic):
-            model.activation_checkpointing_enable({"use_reentrant": False})
-    if (args.max_prompt_length + args.response_length
-            > getattr(policy.config, "max_position_embeddings", 10**9)):
-        raise BadInput(f"--max_prompt_length {args.max_prompt_length} + --response_length "
-                       f"{args.response_length} exceed the model's context of "
-                       f"{policy.config.max_position_embeddings} tokens: lower one.")
-    if args.lora_r:  # the policy is an adapter on the reference's weights, which are in memory once
-        from peft import LoraConfig, get_peft_model
-        shared = (start, *reward_scale(start)) if args.share_base else None
-        policy = OneBase(policy, lora=LoraConfig(task_type="CAUSAL_LM", r=args.lora_r,
-                                                 lora_alpha=args.lora_alpha,
-                                                 target_modules=lora_targets(policy)), reward=shared)
-        if not args.share_base:
-            head = "score" if hasattr(critic, "score") else "classifier"
-            critic = get_peft_model(critic, LoraConfig(task_type="TOKEN_CLS", r=args.lora_r,
-                                                       lora_alpha=args.lora_alpha,
-                                                       target_modules=lora_targets(critic),
-                                                       modules_to_save=[head]),
-                                    autocast_adapter_dtype=False)
-    groups = ([policy.trained["policy"], policy.trained["critic"]] if args.share_base else
-              [[p for p in policy.parameters() if p.requires_grad]])
-    optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=args.lr, weight_decay=0.0,
-                                  fused=True)
-    clip_in_step(optimizer, config, args.max_grad_norm)
-    engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
-    if args.share_base:
-        critic = functools.partial(engine, role="critic")
-        reward_model = (functools.partial(engine, role="reward"), load_tokenizer(start, "--reward_model"),
-                        0.0, 1.0)  # standardized already
-    else:
-        critic_optimizer = torch.optim.AdamW([p for p in critic.parameters() if p.requires_grad],
-                                             lr=args.critic_lr, weight_decay=0.0, fused=True)
-        clip_in_step(critic_optimizer, config, args.max_grad_norm)
-        critic, *_ = deepspeed.initialize(model=critic, optimizer=critic_optimizer, config=config)
-    if args.lora_r:
-        reference = functools.partial(engine, role="reference")
-    else:
-        reference = freeze(load_policy(sft, tokenizer, dtype_of(config), "--sft_model"), config, device)
-
-    engines = {"policy": engine} if args.share_base else {"policy": engine, "critic": critic}
-    run = Checkpoints(out, args, engines, (train, test))
-    start, state = run.resume()
+    build = shared_models if args.share_base else separate_models
+    engine, critic, reference, reward_model, engines = build(args, sft, rm, tokenizer, config, device)
+    start, state = run.resume(engines)
     log = MetricLog(out, show=["objective/true_reward", "objective/kl", "objective/kl_coef",
                                "objective/scores", "completions/mean_length", "policy/clipfrac_avg",
                                "timing/step_total"],
@@ -615,11 +622,11 @@ def main(args):
         metrics["eps"] = global_batch / metrics["timing/step_total"]
         if step >= args.critic_warmup:
             beta = next_kl_coef(beta, metrics["objective/kl"], args.kl_target, args.kl_horizon, global_batch)
-        if test and args.eval_every > 0 and ((step + 1) % args.eval_every == 0 or step + 1 == args.max_steps):
+        if test and due(step, args.max_steps, args.eval_every):
             metrics.update(held_out(engine, reference, critic, reward, truth, test, tokenizer, args, device))
         log.write(step, metrics)
         warn(metrics)
-        if step % args.sample_every == 0 and rank == 0:
+        if rank == 0 and args.sample_every and step % args.sample_every == 0:
             show_samples(rows, values, scores, tokenizer, step, out)
         run.after(step, args.max_steps, beta=beta)
     save_model(engine, tokenizer, out, base=sft if args.lora_r else None)
@@ -629,3 +636,4 @@ def main(args):
 
 if __name__ == "__main__":
     main(parse_args(Args))
+    torch.distributed.destroy_process_group()  # gloo's threads abort where they outlive the interpreter

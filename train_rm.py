@@ -32,11 +32,11 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from checkpoint import Checkpoints
-from common import (MetricLog, all_sum, check_finite, clip_in_step, disable_dropout, ds_config, dtype_of,
-                    epoch_rows, gather_rows, init_distributed, last_token_scores, load_tokenizer,
-                    lora_targets, model_place, output_folder, parse_args, peak_memory_gb, pretrained, print0,
-                    responses_that_fit, save_model, seed_everything, set_lr, split_batch, stage_folder,
-                    step_norm, tokenizer_fingerprint)
+from common import (MetricLog, all_sum, check_finite, check_model, clip_in_step, disable_dropout, ds_config,
+                    dtype_of, due, epoch_rows, gather_rows, init_distributed, last_token_scores,
+                    load_tokenizer, load_weights, lora_targets, model_place, output_folder, parse_args,
+                    peak_memory_gb, print0, responses_that_fit, save_model, seed_everything, set_lr,
+                    split_batch, stage_folder, step_norm, tokenizer_fingerprint)
 from data import BadInput, all_pairs, preference_pair, prompt_text, read_data, report_drops, split_of
 
 
@@ -154,14 +154,13 @@ def main(args):
     out = output_folder(args, "rm")
     config = ds_config(args.ds_config, args.micro_batch, args.max_grad_norm)
     tokenizer = load_tokenizer(sft, "--sft_model")
+    check_model(sft, tokenizer, "--sft_model", args.max_length, f"--max_length {args.max_length}")
     train, test = preference_rows(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
     test = test[:args.eval_pairs]
+    run = Checkpoints(out, args, (train, test))
 
-    model = disable_dropout(pretrained(AutoModelForSequenceClassification, sft, "--sft_model", num_labels=1,
-                                       dtype=dtype_of(config)))
-    context = getattr(model.config, "max_position_embeddings", 10**9)
-    if args.max_length > context:
-        raise BadInput(f"--max_length {args.max_length} exceeds the model's context of {context} tokens.")
+    model = disable_dropout(load_weights(AutoModelForSequenceClassification, sft, "--sft_model",
+                                         new_head=True, num_labels=1, dtype=dtype_of(config)))
     model.config.pad_token_id = -1  # the score is read at the last position, see last_token_scores
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -178,8 +177,7 @@ def main(args):
     print0(f"train_rm: {len(train)} pairs, {len(test)} held out; optimizer batch {args.batch_size} = {world} "
            f"ranks x micro batch {args.micro_batch} x {accum} accumulation; {steps} steps")
 
-    run = Checkpoints(out, args, {"model": engine}, (train, test))
-    start, _ = run.resume()
+    start, _ = run.resume({"model": engine})
     log = MetricLog(out, show=["loss", "accuracy", "eval/accuracy", "lr", "timing/step_total"], steps=steps,
                     start=start)
     for step in range(start, steps):
@@ -209,7 +207,7 @@ def main(args):
                "margin": margin / args.batch_size, "lr": learning_rate(step, steps, args),
                "grad_norm": step_norm(engine),
                "timing/step_total": time.time() - started, "memory/peak_gb": peak_memory_gb(device)}
-        if test and (step + 1 == steps or (step + 1) % args.eval_every == 0):
+        if test and due(step, steps, args.eval_every):
             ranking, scores = held_out(engine, test, tokenizer, args, rank, world, device)
             row.update(ranking)
         log.write(step, row)
@@ -228,3 +226,4 @@ def main(args):
 
 if __name__ == "__main__":
     main(parse_args(Args))
+    torch.distributed.destroy_process_group()  # gloo's threads abort where they outlive the interpreter

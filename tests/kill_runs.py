@@ -1,11 +1,13 @@
 """Kill runs at random points, resume them, and compare with straight ones: metrics byte for byte, weights bit
 for bit. The long form of tests/test_resume.py, with real SIGKILLs, one rank and two under ZeRO-3.
 
+Every third kill waits until a checkpoint is being written; every fourth of a run on two ranks hits the
+launcher alone.
+
     python tests/kill_runs.py                        train_dvpo and train_ppo, 10 kills each; the others, 3 each
     python tests/kill_runs.py --kills 2 --only dvpo
 
-Every run saves after every step, so that some kills fall into a save. Prints one line a kill and one a run;
-exits with 1 when a resumed run is not the straight one.
+Prints one line a kill and one a run; exits with 1 when a resumed run is not the straight one.
 """
 
 import argparse
@@ -45,6 +47,10 @@ def steps_done(folder):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+def half_written(folder):
+    return any((folder / "checkpoints").glob(".*"))
+
+
 def kill_and_resume(name, words, ranks, kills, folder, rng):
     """True when the run that was killed `kills` times ends as the straight one."""
     straight, killed = folder / f"{name}-{ranks}-straight", folder / f"{name}-{ranks}-killed"
@@ -58,13 +64,18 @@ def kill_and_resume(name, words, ranks, kills, folder, rng):
         while process.poll() is None and steps_done(killed) <= before:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.6))
+        while kill % 3 == 2 and process.poll() is None and not half_written(killed):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
+        launcher_alone = ranks > 1 and kill % 4 == 3
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        half = list((killed / "checkpoints").glob(".*")) if (killed / "checkpoints").exists() else []
-        in_save += bool(half)
-        print(f"  {name} on {ranks}: kill {kill + 1} after {time.time() - first:.1f} s, {steps_done(killed)} of "
-              f"{total} rows{', while saving' if half else ''}", flush=True)
+            (os.kill if launcher_alone else os.killpg)(process.pid, signal.SIGKILL)
+        process.communicate()  # whose end is that of the ranks, too: they hold its output open
+        half = half_written(killed)
+        in_save += half
+        print(f"  {name} on {ranks}: kill {kill + 1}{' of the launcher alone' * launcher_alone} after "
+              f"{time.time() - first:.1f} s, {steps_done(killed)} of {total} rows{', while saving' * half}",
+              flush=True)
     whole([*words, "--output_dir", killed, "--resume", True], ranks)
     same = numbers(killed) == numbers(straight) and weights(killed) == weights(straight) != {}
     print(f"{name} on {ranks} rank(s): {kills} kills, {in_save} while saving: {'the same' if same else 'NOT the same'}",

@@ -182,7 +182,7 @@ def test_reward_model_and_critic_on_one_base_say_what_separate_ones_say(chain, b
     are trained."""
     tokenizer = load_tokenizer(chain.sft)
     scores, rm_tokenizer, center, scale = load_reward_model(baseline.rm, torch.float32)
-    critic = train_ppo.load_critic(baseline.rm, tokenizer, torch.float32).eval()
+    critic = train_ppo.load_critic(baseline.rm, torch.float32).eval()
     reference = load_policy(chain.sft, tokenizer, torch.float32).eval()
     base = load_policy(chain.sft, tokenizer, torch.float32)
     one = OneBase(base, lora=lora_of(base), reward=(baseline.rm, center, scale)).eval()

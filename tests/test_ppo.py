@@ -337,7 +337,7 @@ def test_a_critic_from_the_reward_model_says_what_it_says(baseline, chain):
     """At every token of an answer: the head on the backbone, on the scale of the standardized scores. No row
     of its embedding is a padding row, which would never be trained."""
     tokenizer, settings = load_tokenizer(chain.sft), json.loads((baseline.rm / "rm.json").read_text())
-    critic = train_ppo.load_critic(str(baseline.rm), tokenizer, torch.float32).eval()
+    critic = train_ppo.load_critic(str(baseline.rm), torch.float32).eval()
     model, *_ = load_reward_model(baseline.rm, torch.float32)
     assert critic.get_input_embeddings().padding_idx is None
     ids = chat_ids(tokenizer, CHAT) + answer_ids(tokenizer, "yes it is red .")
@@ -351,13 +351,13 @@ def test_a_critic_from_the_reward_model_says_what_it_says(baseline, chain):
 def test_a_critic_from_a_gvm_or_an_sft_model(chain):
     tokenizer = load_tokenizer(chain.sft)
     ids = torch.tensor([chat_ids(tokenizer, CHAT) + answer_ids(tokenizer, "yes it is red .")])
-    critic = train_ppo.load_critic(str(chain.gvm), tokenizer, torch.float32).eval()
+    critic = train_ppo.load_critic(str(chain.gvm), torch.float32).eval()
     assert not hasattr(critic, "peft_config")
     with torch.no_grad():
         assert torch.allclose(critic(input_ids=ids).logits,
                               load_gvm(chain.gvm, torch.float32)[0].eval()(input_ids=ids).logits, atol=1e-5)
     assert all(p.requires_grad for p in critic.parameters())  # a loaded adapter had frozen them
-    critic = train_ppo.load_critic(str(chain.sft), tokenizer, torch.float32)
+    critic = train_ppo.load_critic(str(chain.sft), torch.float32)
     start = load_file(chain.sft / "model.safetensors")
     assert all(torch.equal(p, start[name]) for name, p in critic.named_parameters() if "score" not in name)
 
@@ -418,7 +418,7 @@ def test_lengths_beyond_the_reward_models_context(baseline, chain, flags, models
     model.config.max_position_embeddings = 32
     model.save_pretrained(tmp_path)
     load_tokenizer(chain.sft).save_pretrained(tmp_path)
-    with pytest.raises(BadInput, match="--reward_model: its context of 32"):
+    with pytest.raises(BadInput, match="38 tokens are more than the 32 of --reward_model"):
         run_stage(train_ppo, **flags.ppo, sft_model=chain.sft, reward_model=tmp_path,
                   output_dir=tmp_path / "out")
 

@@ -82,3 +82,4 @@ if __name__ == "__main__":
     result = run(job)
     if torch.distributed.get_rank() == 0:
         (Path(job["out"]) / "result.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
