@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser,
@@ -417,9 +417,15 @@ def load_tokenizer(path, flag="--model"):
     return tokenizer
 
 
-def check_model(path, tokenizer, flag, tokens=0, asked=""):
+def check_model(path, tokenizer, flag, tokens=0, asked="", head=False):
     """Refuse, from its config alone, a model that lacks some of the tokenizer's tokens, or whose context is
-    shorter than `tokens`, the sum of the flags `asked`. Returns the context, 10**9 where it has no limit."""
+    shorter than `tokens`, the sum of the flags `asked`. Returns the context, 10**9 where it has no limit.
+
+    head: the model is to have a head for scores or values, and may be an adapter's folder
+    """
+    if base_of(path) != path and not head:
+        raise BadInput(f"{flag} {path}: an adapter, and a policy is a whole model here: merge it into its "
+                       f"base (peft's merge_and_unload) and name the result.")
     if base_of(path) != path:
         check_head(path, flag)
     config = pretrained(AutoConfig, base_of(path), flag).get_text_config()
@@ -516,7 +522,7 @@ def value_head(model):
 
 def check_head(folder, flag):
     """Refuse an adapter folder whose one-label head was not saved: it would silently be a random one."""
-    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as f:
+    with loading(folder, flag), safe_open(Path(folder) / "adapter_model.safetensors", "pt") as f:
         if not any(re.search(r"\.(score|classifier)\.weight$", key) for key in f.keys()):
             raise BadInput(f"{flag} {folder}: the head is missing from adapter_model.safetensors; train it "
                            f"again.")
@@ -527,17 +533,19 @@ def gvm_settings(folder, flag="--value_model"):
     folder = Path(folder)
     try:
         settings = json.loads((folder / "gvm.json").read_text())
-        lacking = GVM_SETTINGS - set(settings)
-        if lacking:
-            raise ValueError(f"gvm.json has no {', '.join(sorted(lacking))}")
-        check_head(folder, flag)
-    except (OSError, ValueError, TypeError, SafetensorError) as e:
+        wrong = [name for name, kind in GVM_SETTINGS.items() if not isinstance(settings[name], kind)]
+        if wrong:
+            raise ValueError(f"gvm.json: wrong {', '.join(wrong)}")
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise BadInput(f"{flag} {folder}: not a folder that train_gvm.py wrote ({one_line(e)}).") from None
+    check_head(folder, flag)
     return settings
 
 
-GVM_SETTINGS = {"base_model", "k", "tau_question_tokens", "tau_answer_tokens", "max_length", "context",
-                "chat_template", "tokenizer_fingerprint", "split_seed", "reward"}
+GVM_SETTINGS = {  # name in gvm.json: type
+    **dict.fromkeys(("k", "tau_question_tokens", "tau_answer_tokens", "max_length", "context", "split_seed"),
+                    int),
+    **dict.fromkeys(("base_model", "chat_template", "tokenizer_fingerprint"), str), "reward": dict}
 
 
 def load_gvm(folder, dtype, flag="--value_model", lm=None):
@@ -652,7 +660,10 @@ def reward_scale(folder, flag="--reward_model"):
         return 0.0, 1.0
     try:
         settings = json.loads((Path(folder) / "rm.json").read_text())
-        return float(settings["center"]), float(settings["scale"])
+        center, scale = float(settings["center"]), float(settings["scale"])
+        if not (math.isfinite(center) and 0 < scale < math.inf):
+            raise ValueError(f"center {center}, scale {scale}")
+        return center, scale
     except (ValueError, KeyError, TypeError) as e:
         raise BadInput(f"{flag} {folder}: its rm.json cannot be read ({e!r}); train it again.") from None
 

@@ -134,7 +134,8 @@ def hub_rows(source):
     split = split or "train"
     looks_like_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
     if not looks_like_id or os.path.splitext(name)[1].lower() in EXTENSIONS:
-        raise BadInput(f"{source}: no such file; give {', '.join(EXTENSIONS)} or a hub id owner/name[:split]")
+        raise BadInput(f"{source or repr(source)}: no such file; give {', '.join(EXTENSIONS)} or a hub id "
+                       f"owner/name[:split]")
     try:
         import datasets
 

@@ -437,9 +437,10 @@ def check_batches(args, world):
     if args.temperature <= 0 or args.response_length < 1:
         raise BadInput(f"--temperature {args.temperature:g} must be above 0 (log-probs are taken at it) and "
                        f"--response_length {args.response_length} at least 1.")
+    if min(args.ppo_epochs, args.max_steps) < 1:
+        raise BadInput(f"--ppo_epochs {args.ppo_epochs} and --max_steps {args.max_steps} must be at least 1.")
     size = args.micro_batch * args.accum_steps
-    if (min(args.rollout_batch, args.micro_batch, args.accum_steps, args.ppo_epochs) < 1
-            or args.rollout_batch % size):
+    if min(args.rollout_batch, args.micro_batch, args.accum_steps) < 1 or args.rollout_batch % size:
         raise BadInput(f"--rollout_batch {args.rollout_batch} must be a positive multiple of --micro_batch x "
                        f"--accum_steps = {args.micro_batch} x {args.accum_steps}: change one of the three.")
     print0(f"{Path(__file__).stem}: rollouts/step {args.rollout_batch * world} = {world} ranks x rollout "
@@ -466,6 +467,7 @@ def main(args):
         folder = stage_folder(args.model, "gvm", args.value_model, "--value_model",
                               f"train_gvm.py --model {args.model}")
         settings = gvm_settings(folder)
+        check_model(settings["base_model"], tokenizer, f"base model of --value_model {folder}:")
         if settings["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
             raise BadInput(f"--value_model {folder}: it was trained with another tokenizer than {sft} has; "
                            f"train a GVM on this SFT model.")

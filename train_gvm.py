@@ -286,10 +286,9 @@ def main(args):
                        f"answers of a pair share a batch.")
     if (args.reward == "model") != bool(args.reward_model):
         raise BadInput("--reward model and --reward_model FOLDER belong together: give both or neither.")
-    if not (args.k >= 0 and 0 <= args.lam <= 1 and 0 < args.gamma <= 1 and 0 <= args.tau_warmup <= 1
-            and args.score_min < args.score_max):
-        raise BadInput("--k must be at least 0, --lam in [0, 1], --gamma in (0, 1], --tau_warmup in [0, 1] "
-                       "and --score_min below --score_max.")
+    if args.lora_r < 1 or args.gamma <= 0 or args.score_min >= args.score_max:
+        raise BadInput(f"--lora_r {args.lora_r} must be at least 1, --gamma {args.gamma:g} above 0 and "
+                       f"--score_min {args.score_min:g} below --score_max {args.score_max:g}.")
     seed_everything(args.seed)
     sft = stage_folder(args.model, "sft", args.sft_model, "--sft_model", f"sft.py --model {args.model}")
     out = output_folder(args, "gvm")

@@ -450,9 +450,10 @@ def check_batches(args, world):
     if args.temperature <= 0 or args.response_length < 1:
         raise BadInput(f"--temperature {args.temperature:g} must be above 0 (log-probs are taken at it) and "
                        f"--response_length {args.response_length} at least 1.")
+    if min(args.ppo_epochs, args.max_steps) < 1:
+        raise BadInput(f"--ppo_epochs {args.ppo_epochs} and --max_steps {args.max_steps} must be at least 1.")
     size = args.micro_batch * args.accum_steps
-    if (min(args.rollout_batch, args.micro_batch, args.accum_steps, args.ppo_epochs) < 1
-            or args.rollout_batch % size):
+    if min(args.rollout_batch, args.micro_batch, args.accum_steps) < 1 or args.rollout_batch % size:
         raise BadInput(f"--rollout_batch {args.rollout_batch} must be a positive multiple of --micro_batch x "
                        f"--accum_steps = {args.micro_batch} x {args.accum_steps}: change one of the three.")
     print0(f"{Path(__file__).stem}: rollouts/step {args.rollout_batch * world} = {world} ranks x rollout "
@@ -468,11 +469,11 @@ def check_models(args, sft, rm, tokenizer):
     asked = f"--max_prompt_length {args.max_prompt_length} + --response_length {args.response_length}"
     check_model(sft, tokenizer, "--sft_model", tokens, asked)
     if not args.reward_fn:
-        check_model(rm, load_tokenizer(rm, "--reward_model"), "--reward_model", tokens, asked)
+        check_model(rm, load_tokenizer(rm, "--reward_model"), "--reward_model", tokens, asked, head=True)
         reward_scale(rm)
     critic, its_flag = args.critic_model or rm, "--critic_model" if args.critic_model else "--reward_model"
     its_tokenizer = load_tokenizer(critic, its_flag)
-    check_model(critic, its_tokenizer, its_flag, tokens, asked)
+    check_model(critic, its_tokenizer, its_flag, tokens, asked, head=True)
     if tokenizer_fingerprint(its_tokenizer) != tokenizer_fingerprint(tokenizer):
         raise BadInput(f"--critic_model {critic}: another vocabulary than the policy's; name a model of the "
                        f"policy's family, for example the SFT model.")

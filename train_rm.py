@@ -149,6 +149,8 @@ def main(args):
     from peft import LoraConfig, get_peft_model
     rank, world, device = init_distributed()
     accum = split_batch(args.batch_size, args.micro_batch, world)
+    if args.lora_r < 1:
+        raise BadInput(f"--lora_r {args.lora_r} must be at least 1.")
     seed_everything(args.seed)
     sft = stage_folder(args.model, "sft", args.sft_model, "--sft_model", f"sft.py --model {args.model}")
     out = output_folder(args, "rm")

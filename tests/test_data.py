@@ -493,7 +493,7 @@ def test_missing_file_is_named_and_not_looked_up_on_the_hub(tmp_path, monkeypatc
     fake_hub(monkeypatch, None)
     with pytest.raises(BadInput) as error:
         read_data(source, log=quiet)
-    assert str(error.value).startswith(f"{source}: no such file; give")
+    assert str(error.value).startswith(f"{source or repr(source)}: no such file; give")
 
 
 def test_folder_and_unreadable_file(tmp_path, monkeypatch):

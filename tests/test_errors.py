@@ -1,244 +1,418 @@
-"""Bad input ends in one sentence that says what to change, and in a non-zero exit
-status; never in a traceback."""
+"""Bad input ends in one sentence that says what to change, and in a non-zero exit status; never in a traceback,
+and before a model is loaded unless the fault lies in its weights."""
 
+import json
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+import evaluate
 import sft
 import train_dvpo
 import train_gvm
 import train_ppo
 import train_rm
-from common import parse_args
-from conftest import ROOT, WORDS, clean_env, feedback_rows, run_stage, tiny_llama, word_tokenizer, write_jsonl
+from common import load_tokenizer, parse_args
+from conftest import FP32, ROOT, WORDS, clean_env, feedback_rows, run_stage, tiny_llama, word_tokenizer, write_jsonl
 from data import split_of
 
+ROWS = feedback_rows()
+PAIRS = [{"prompt": row["instruction"], "chosen": "yes .", "rejected": "no ."} for row in ROWS]
 
-def complaint(stage, **flags):
-    """The sentence that a stage ends with."""
+
+def ends_with(stage, flags, capsys):
+    """The sentence that a stage ends with: the exit's own, or argparse's last line."""
     with pytest.raises(SystemExit) as end:
-        run_stage(stage, **flags)
+        if stage is evaluate:
+            evaluate.main([str(word) for word in flags])
+        else:
+            run_stage(stage, **flags)
     text = end.value.code
-    assert isinstance(text, str) and "\n" not in text and " " in text, text
+    if text == 2:  # argparse: usage lines, then the sentence
+        text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert isinstance(text, str) and "\n" not in text and " " in text and len(text) < 1200, text
     return text
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Default output folders lie under the current one."""
+@pytest.fixture
+def world(flags, chain, baseline, tmp_path, monkeypatch):
+    """Flags of each stage that would run, the folders of the chain, an empty folder to break things in."""
     monkeypatch.chdir(tmp_path)
+    out = {"output_dir": tmp_path / "out"}
+    on_sft = {"sft_model": chain.sft, **out}
+    return SimpleNamespace(
+        folder=tmp_path, model=flags.sft["model"], sft_folder=chain.sft, gvm_folder=chain.gvm,
+        rm_folder=baseline.rm,
+        flags={sft: {**flags.sft, **out}, train_gvm: {**flags.gvm, **on_sft}, train_rm: {**flags.rm, **on_sft},
+               train_dvpo: {**flags.dvpo, "value_model": chain.gvm, **on_sft},
+               train_ppo: {**flags.ppo, "reward_model": baseline.rm, **on_sft}})
 
 
 @pytest.fixture
-def gvm(flags, chain, tmp_path):
-    return {**flags.gvm, "sft_model": chain.sft, "output_dir": tmp_path / "out"}
+def loaded(monkeypatch):
+    """Notes every model whose weights are read."""
+    load, found = PreTrainedModel.from_pretrained.__func__, []
+
+    def noting(cls, path, *args, **kwargs):
+        found.append(str(path))
+        return load(cls, path, *args, **kwargs)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(noting))
+    return found
 
 
-@pytest.fixture
-def dvpo(flags, chain, tmp_path):
-    return {**flags.dvpo, "sft_model": chain.sft, "value_model": chain.gvm, "output_dir": tmp_path / "out"}
+# ---- ways to break a folder or a file ----
+
+def copy(world, source, **changes):
+    """A copy of a model's folder with some files changed: name -> bytes, function of the old ones, or None."""
+    folder = world.folder / "copy"
+    shutil.copytree(source, folder)
+    for name, change in changes.items():
+        path = folder / {"config": "config.json", "tokenizer": "tokenizer.json", "weights": "model.safetensors",
+                         "tokenizer_config": "tokenizer_config.json", "gvm": "gvm.json", "rm": "rm.json",
+                         "template": "chat_template.jinja", "adapter": "adapter_model.safetensors",
+                         "adapter_config": "adapter_config.json"}[name]
+        if change is None:
+            path.unlink()
+        else:
+            path.write_bytes(change(path.read_bytes()) if callable(change) else change)
+    return folder
 
 
-@pytest.fixture
-def rm(flags, chain, tmp_path):
-    return {**flags.rm, "sft_model": chain.sft, "output_dir": tmp_path / "out"}
+def half(content):
+    return content[:len(content) // 2]
 
 
-@pytest.fixture
-def ppo(flags, chain, baseline, tmp_path):
-    return {**flags.ppo, "sft_model": chain.sft, "reward_model": baseline.rm, "output_dir": tmp_path / "out"}
+def edited(**changes):
+    """Change a JSON object: None takes a key out."""
+    def edit(content):
+        value = {**json.loads(content), **changes}
+        return json.dumps({k: v for k, v in value.items() if v is not None}).encode()
+    return edit
 
 
-# ---- models and earlier stages ----
-
-def test_a_model_that_is_not_there(flags):
-    """Neither a folder nor, without a network, on the hub."""
-    text = complaint(sft, **{**flags.sft, "model": "nobody/nothing"})
-    assert "--model nobody/nothing" in text and "no such folder" in text
-
-
-@pytest.mark.parametrize("stage, name, command", [(train_gvm, "gvm", "sft.py"), (train_rm, "rm", "sft.py"),
-                                                  (train_dvpo, "dvpo", "sft.py"),
-                                                  (train_ppo, "ppo", "sft.py")])
-def test_an_earlier_stage_that_has_not_run(stage, name, command, flags):
-    """The message is the command to run."""
-    model = flags.sft["model"]
-    text = complaint(stage, **getattr(flags, name))
-    assert f"{command} --model {model}" in text and "--sft_model" in text
+def of_weights(change):
+    def apply(content):
+        Path("weights").write_bytes(content)
+        tensors = load_file("weights")
+        change(tensors)
+        save_file(tensors, "weights", metadata={"format": "pt"})
+        return Path("weights").read_bytes()
+    return apply
 
 
-def test_a_gvm_that_has_not_been_trained(flags, chain):
-    """DVPO with an SFT model but without a GVM names train_gvm.py."""
-    text = complaint(train_dvpo, **flags.dvpo, sft_model=chain.sft)
-    assert f"train_gvm.py --model {flags.sft['model']}" in text and "--value_model" in text
+def no_eos(world):
+    folder = copy(world, world.model)
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_bytes(edited(eos_token=None)(path.read_bytes()))
+    return folder
 
 
-def test_a_folder_that_is_no_gvm(dvpo, chain):
-    """A policy is not a value model."""
-    assert "--value_model" in complaint(train_dvpo, **{**dvpo, "value_model": chain.sft})
+def model_with(world, words=WORDS, model=None):
+    folder = world.folder / "model"
+    (model or tiny_llama()).save_pretrained(folder)
+    word_tokenizer(words).save_pretrained(folder)
+    return folder
 
 
-def test_a_gvm_of_another_tokenizer(dvpo, tmp_path):
-    """Token ids mean other words to it."""
-    words = [*WORDS[:-2], WORDS[-1], WORDS[-2]]
-    tiny_llama().save_pretrained(tmp_path / "sft")
-    word_tokenizer(words).save_pretrained(tmp_path / "sft")
-    text = complaint(train_dvpo, **{**dvpo, "sft_model": tmp_path / "sft"})
-    assert "another tokenizer" in text and "--value_model" in text
+def pickled(world):
+    folder = copy(world, world.model)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
 
 
-def test_a_tokenizer_larger_than_its_model(flags, tmp_path):
-    """Ids beyond the embedding would be an index error in the first forward pass."""
-    tiny_llama().save_pretrained(tmp_path / "model")
-    word_tokenizer([*WORDS, "more"]).save_pretrained(tmp_path / "model")
-    assert "do not belong together" in complaint(sft, **{**flags.sft, "model": tmp_path / "model"})
+def short_reward_model(world):
+    model = AutoModelForSequenceClassification.from_pretrained(world.sft_folder, num_labels=1)
+    model.config.max_position_embeddings = 32
+    model.save_pretrained(world.folder / "short")
+    load_tokenizer(world.sft_folder).save_pretrained(world.folder / "short")
+    return world.folder / "short"
 
 
-# ---- data ----
-
-def test_data_that_is_empty_or_missing(flags, tmp_path):
-    """The file is named."""
-    for path in (write_jsonl(tmp_path / "empty.jsonl", []), str(tmp_path / "missing.jsonl")):
-        assert path in complaint(sft, **{**flags.sft, "data": path})
+def file(world, content, name="data.jsonl"):
+    path = world.folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
 
 
-def test_data_without_scores_where_scores_are_the_reward(gvm, tmp_path):
-    """--reward score on plain pairs names the row and the way out."""
-    rows = [{"prompt": row["instruction"], "chosen": "yes .", "rejected": "no ."} for row in feedback_rows()]
-    text = complaint(train_gvm, **{**gvm, "data": write_jsonl(tmp_path / "pairs.jsonl", rows),
-                                   "reward": "score", "k": 0})
-    assert "pairs.jsonl:" in text and "--reward preference" in text
+def rows(world, *given):
+    return write_jsonl(world.folder / "data.jsonl", given)
 
 
-def test_scores_outside_their_range(gvm):
-    """--score_min and --score_max must span the data, or rewards would leave [-1, 1]."""
-    text = complaint(train_gvm, **gvm, reward="score", score_max=5)
-    assert "--score_min" in text and "--score_max" in text
+def scored(score):
+    return [{**row, "completions": [{**c, "overall_score": score} for c in row["completions"]]} for row in ROWS]
 
 
-def test_data_without_policy_names_where_tau_needs_them(gvm, tmp_path):
-    """K > 0 on pairs, which do not say who wrote them; K = 0 goes through."""
-    rows = [{"prompt": row["instruction"], "chosen": "yes .", "rejected": "no ."} for row in feedback_rows()]
-    pairs = {**gvm, "data": write_jsonl(tmp_path / "pairs.jsonl", rows)}
-    assert "--k 0" in complaint(train_gvm, **pairs)
-    run_stage(train_gvm, **{**pairs, "k": 0, "max_steps": 1})
+def without(share, held_out):
+    """Rows of no prompt of that share: the data is fine, there is too little of it."""
+    shares = {split_of(row["instruction"], 0): row for row in ROWS}
+    return [row for other, row in shares.items() if other != share and (held_out or other != "test")]
 
 
-@pytest.mark.parametrize("stage, name, share", [(sft, "sft", "sft"), (train_gvm, "gvm", "value"),
-                                                (train_dvpo, "dvpo", "rl"), (train_rm, "rm", "value"),
-                                                (train_ppo, "ppo", "rl")])
-@pytest.mark.parametrize("held_out", [False, True])
-def test_too_few_prompts_for_a_stage(stage, name, share, held_out, request, flags, tmp_path):
-    """No prompt falls into the stage's share of the split: the data is fine, there is too little of it."""
-    given = flags.sft if stage is sft else request.getfixturevalue(name)
-    shares = {split_of(row["instruction"], 0): row for row in feedback_rows()}
-    rows = [row for other, row in shares.items() if other != share and (held_out or other != "test")]
-    text = complaint(stage, **{**given, "data": write_jsonl(tmp_path / "few.jsonl", rows)})
-    assert "few.jsonl" in text and "too few" in text
+# ---- what goes wrong ----
+
+LATE = "the fault is in the weights, or shows when they answer"
+
+MODELS = [  # stage, flags to change (or a function of the world that gives them), what the sentence has
+    (sft, {"model": "nobody/nothing"}, "--model nobody/nothing: .*no such folder"),
+    (sft, lambda w: {"model": w.folder}, "--model .*cannot load"),
+    (sft, lambda w: {"model": copy(w, w.model, config=half)}, "--model .*copy"),
+    (sft, lambda w: {"model": copy(w, w.model, config=b"[]")}, "--model .*copy"),
+    (sft, lambda w: {"model": copy(w, w.model, config=b"\xff\xfe")}, "--model .*copy"),
+    (sft, lambda w: {"model": copy(w, w.model, config=edited(model_type="nosuch"))}, "--model .*nosuch"),
+    (sft, lambda w: {"model": copy(w, w.model, config=edited(model_type="own", auto_map={
+        "AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}))}, "--model .*custom code"),
+    (sft, lambda w: {"model": copy(w, w.model, config=edited(vocab_size=5))}, "37|do not belong together"),
+    (sft, lambda w: {"model": copy(w, w.model, tokenizer=half)}, "--model .*copy"),
+    (sft, lambda w: {"model": copy(w, w.model, tokenizer=None, tokenizer_config=None)}, "--model .*copy"),
+    (sft, lambda w: {"model": no_eos(w)}, "no EOS token"),
+    (sft, lambda w: {"model": copy(w, w.model, template=b"{{ raise_exception('never') }}")}, "chat template .*never"),
+    (sft, lambda w: {"model": copy(w, w.model, template=b"{% for m in %}")}, "chat template fails"),
+    (sft, lambda w: {"model": copy(w, w.model, template=b"{{ messages[0]['role'].nothing.at_all }}")},
+     "chat template fails"),
+    (sft, lambda w: {"model": model_with(w, [*WORDS, "more"])}, "do not belong together"),
+    (sft, lambda w: {"model": copy(w, w.model, weights=half)}, "--model .*cannot load", LATE),
+    (sft, lambda w: {"model": copy(w, w.model, weights=b"")}, "--model .*cannot load", LATE),
+    (sft, lambda w: {"model": copy(w, w.model, weights=None)}, "--model .*cannot load", LATE),
+    (sft, lambda w: {"model": copy(w, w.model, weights=of_weights(lambda t: t.pop("model.norm.weight")))},
+     "missing .*model.norm.weight", LATE),
+    (sft, lambda w: {"model": copy(w, w.model, config=edited(intermediate_size=48))}, "--model .*cannot load", LATE),
+    (sft, lambda w: {"model": pickled(w)}, "--model .*safetensors", LATE),
+    (train_gvm, {"sft_model": "./nothing"}, "run `sft.py --model .*--sft_model"),
+    (train_gvm, lambda w: {"sft_model": "", "model": w.model}, "run `sft.py --model .*--sft_model"),
+    (train_rm, {"sft_model": "./nothing"}, "run `sft.py --model .*--sft_model"),
+    (train_dvpo, {"sft_model": "./nothing"}, "run `sft.py --model .*--sft_model"),
+    (train_ppo, {"sft_model": "./nothing"}, "run `sft.py --model .*--sft_model"),
+    (train_gvm, lambda w: {"sft_model": copy(w, w.sft_folder, weights=half)}, "--sft_model .*cannot load", LATE),
+    (train_rm, lambda w: {"sft_model": copy(w, w.sft_folder, weights=of_weights(
+        lambda t: t.pop("model.norm.weight")))}, "missing .*model.norm.weight", LATE),
+    (train_dvpo, lambda w: {"sft_model": w.gvm_folder}, "--sft_model .*adapter"),
+    (train_dvpo, {"value_model": "./nothing"}, "run `train_gvm.py --model .*--value_model"),
+    (train_dvpo, lambda w: {"value_model": w.sft_folder}, "--value_model .*train_gvm.py"),
+    (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, gvm=half)}, "--value_model .*train_gvm.py"),
+    (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, gvm=b"3")}, "--value_model .*train_gvm.py"),
+    (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, gvm=edited(k=None))}, "train_gvm.py wrote .*k"),
+    (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, gvm=edited(k="four"))}, "gvm.json: wrong k"),
+    (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, gvm=edited(base_model="/gone"))}, "/gone"),
+    (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, adapter=half)}, "--value_model"),
+    (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, adapter=of_weights(
+        lambda t: [t.pop(k) for k in list(t) if "score" in k]))}, "--value_model .*head is missing"),
+    (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, adapter=of_weights(
+        lambda t: [t.update({k: x[:1].clone()}) for k, x in t.items() if "lora_A" in k]))},
+     "--value_model .*cannot load", LATE),
+    (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, adapter_config=b"{")}, "--value_model .*cannot load",
+     LATE),
+    (train_dvpo, lambda w: {"sft_model": model_with(w, [*WORDS[:-2], WORDS[-1], WORDS[-2]])},
+     "--value_model .*another tokenizer"),
+    (train_ppo, {"reward_model": "./nothing"}, "run `train_rm.py --model .*--reward_model"),
+    (train_ppo, lambda w: {"reward_model": w.sft_folder}, "--reward_model .*no trained one-label head", LATE),
+    (train_ppo, lambda w: {"reward_model": copy(w, w.rm_folder, rm=half)}, "rm.json cannot be read"),
+    (train_ppo, lambda w: {"reward_model": copy(w, w.rm_folder, rm=b"{}")}, "rm.json cannot be read"),
+    (train_ppo, lambda w: {"reward_model": copy(w, w.rm_folder, rm=edited(scale="wide"))}, "rm.json cannot be read"),
+    (train_ppo, lambda w: {"reward_model": copy(w, w.rm_folder, rm=edited(scale=0))}, "rm.json cannot be read"),
+    (train_ppo, lambda w: {"reward_model": copy(w, w.rm_folder, adapter_config=b"{")}, "adapter_config.json"),
+    (train_ppo, lambda w: {"reward_model": copy(w, w.rm_folder, adapter=half)}, "--reward_model"),
+    (train_ppo, lambda w: {"reward_model": short_reward_model(w)}, "38 tokens .* 32 of --reward_model"),
+    (train_ppo, lambda w: {"critic_model": model_with(w, [*WORDS[:-2], WORDS[-1], WORDS[-2]])},
+     "--critic_model .*another vocabulary"),
+]
+
+DATA = [
+    (sft, {"data": "missing.jsonl"}, "missing.jsonl: no such file"),
+    (sft, {"data": ""}, "'': no such file"),
+    (sft, {"data": "nobody/nothing"}, "nobody/nothing: .*hub"),
+    (sft, lambda w: {"data": w.folder}, "is a folder"),
+    (sft, lambda w: {"data": file(w, "a,b", "x.csv")}, "x.csv: unknown extension"),
+    (sft, lambda w: {"data": file(w, "")}, "data.jsonl is empty"),
+    (sft, lambda w: {"data": file(w, json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1])[:30])}, "data.jsonl:2: not valid"),
+    (sft, lambda w: {"data": file(w, b'{"instruction": "caf\xe9"}')}, "data.jsonl:1: .*UTF-8"),
+    (sft, lambda w: {"data": file(w, "[1, 2]")}, "data.jsonl:1: the row must be an object"),
+    (sft, lambda w: {"data": file(w, b"PAR1", "x.parquet")}, "x.parquet: unreadable"),
+    (sft, lambda w: {"data": rows(w, {"text": "a"})}, "data.jsonl:1: no known shape"),
+    (sft, lambda w: {"data": rows(w, ROWS[0], {**ROWS[1], "completions": "b"})}, "data.jsonl:2: completions must be"),
+    (sft, lambda w: {"data": rows(w, {**ROWS[0], "completions": [{"model": "m"}]})}, "has no `response`"),
+    (sft, lambda w: {"data": rows(w, {**ROWS[0], "group": []})}, "group must be"),
+    (sft, lambda w: {"data": rows(w, {"chosen": "a", "rejected": "b"})}, "without their prompt"),
+    (sft, lambda w: {"data": rows(w, *({**row, "completions": []} for row in ROWS))}, "nothing is left"),
+    (sft, lambda w: {"data": rows(w, *({"instruction": "a", "output": " "} for _ in range(3)))}, "nothing is left"),
+    (sft, lambda w: {"data": rows(w, *ROWS[:40], *({**row, "completions": []} for row in ROWS[40:]))},
+     r"more than 10%.*--allow_dropped"),
+    (train_gvm, lambda w: {"data": rows(w, *scored(float("nan")))}, "no score.*nothing is left"),
+    (train_gvm, lambda w: {"data": rows(w, *scored("N/A"))}, "no score.*nothing is left"),
+    (train_gvm, lambda w: {"data": rows(w, *scored(7))}, "no pair of unequal scores|10%"),
+    (train_gvm, lambda w: {"data": rows(w, *PAIRS)}, "no policy name.*--k 0"),
+    (train_gvm, lambda w: {"data": rows(w, *PAIRS), "reward": "score", "k": 0}, "data.jsonl:.*--reward preference"),
+    (train_gvm, {"reward": "score", "score_max": 5}, "--score_min.*--score_max"),
+    *((stage, lambda w, share=share, held_out=held_out: {"data": rows(w, *without(share, held_out))},
+       "data.jsonl.*too few")
+      for stage, share in ((sft, "sft"), (train_gvm, "value"), (train_rm, "value"), (train_dvpo, "rl"),
+                           (train_ppo, "rl")) for held_out in (False, True)),
+    (sft, {"max_length": 9}, "--max_length 9"),
+    (train_dvpo, {"max_prompt_length": 3}, "--max_prompt_length 3"),
+]
+
+FLAGS = [
+    (sft, {"learning_rate": 1}, "--learning_rate"),
+    (sft, {"micro": 1}, "--micro"),  # the beginning of a flag's name is not the flag
+    (sft, {"lr": "high"}, "--lr"),
+    (sft, {"lr": "nan"}, "--lr nan"),
+    (sft, {"lr": "-1"}, "--lr -1"),
+    (sft, {"lr": "inf"}, "--lr inf"),
+    (sft, {"resume": "perhaps"}, "--resume|truthy"),
+    (sft, {"epochs": 0}, "--epochs 0"),
+    (sft, {"warmup_steps": -1}, "--warmup_steps -1"),
+    (sft, {"batch_size": 5, "micro_batch": 2}, "--batch_size 5 .*--micro_batch"),
+    (sft, {"batch_size": 0}, "--batch_size 0"),
+    (sft, {"micro_batch": 0}, "--micro_batch"),
+    (sft, {"max_length": 0}, "--max_length 0"),
+    (sft, {"max_length": 129}, "--max_length 129: .* 128 of"),
+    (sft, {"max_grad_norm": -1}, "--max_grad_norm -1"),
+    (sft, {"max_steps": -2}, "--max_steps -2"),
+    (sft, {"lora_r": -1}, "--lora_r -1"),
+    (sft, {"lora_dropout": 1.5}, "--lora_dropout 1.5"),
+    (sft, {"seed": -1}, "--seed -1"),
+    (sft, {"keep": 0}, "--keep 0"),
+    (sft, {"save_every": -1}, "--save_every -1"),
+    (sft, {"eval_every": -1}, "--eval_every -1"),
+    (sft, {"ds_config": "ds_configs/zero4.json"}, "--ds_config ds_configs/zero4.json"),
+    *((sft, lambda w, text=text: {"ds_config": file(w, text, "ds.json")}, f"--ds_config .*ds.json: .*{part}")
+      for text, part in (("{", "choose"), ("[]", "choose"), ("3", "choose"), ('{"zero_optimization": 3}', "choose"),
+                         ('{"zero_optimization": {"stage": 7}}', "stage"),
+                         ('{"zero_optimization": {"stage": 2, "nonsense": 1}}', "nonsense"),
+                         ('{"zero_optimisation": {"stage": 3}}', "zero_optimisation"),
+                         ('{"bf16": {"enabled": "perhaps"}}', "bool"), ('{"bf16": true}', "choose"),
+                         ('{"fp16": {"enabled": true}}', "fp16"), ('{"optimizer": {"type": "Adam"}}', "optimizer"),
+                         ('{"train_batch_size": 7}', "train_batch_size"))),
+    (train_gvm, {"k": -1}, "--k -1"),
+    (train_gvm, {"lam": 1.5}, "--lam 1.5"),
+    (train_gvm, {"gamma": 0}, "--gamma 0"),
+    (train_gvm, {"tau_warmup": 2}, "--tau_warmup 2"),
+    (train_gvm, {"tau_answer_tokens": 0}, "--tau_answer_tokens 0"),
+    (train_gvm, {"lora_r": 0}, "--lora_r 0"),
+    (train_gvm, {"batch_size": 5, "micro_batch": 5}, "--batch_size 5 must be even"),
+    (train_gvm, {"reward": "luck"}, "--reward"),
+    (train_gvm, {"reward": "model"}, "--reward model and --reward_model"),
+    (train_gvm, lambda w: {"reward_model": w.rm_folder}, "--reward model and --reward_model"),
+    (train_gvm, {"reward": "model", "reward_model": "./nothing"}, "--reward_model ./nothing"),
+    (train_gvm, {"score_min": 5, "score_max": 5}, "--score_min"),
+    (train_gvm, {"max_length": 129}, "--max_length 129"),
+    (train_rm, {"lora_r": 0}, "--lora_r 0"),
+    (train_rm, {"pairs": "some"}, "--pairs"),
+    (train_rm, {"max_length": 129}, "--max_length 129"),
+    *((train_dvpo, changes, "--rollout_batch .*--micro_batch .*--accum_steps")
+      for changes in ({"rollout_batch": 3}, {"rollout_batch": 0}, {"accum_steps": 0})),
+    (train_dvpo, {"ppo_epochs": 0}, "--ppo_epochs"),
+    (train_dvpo, {"max_steps": 0}, "--max_steps"),
+    (train_dvpo, {"temperature": 0}, "--temperature 0"),
+    (train_dvpo, {"temperature": "nan"}, "--temperature nan"),
+    (train_dvpo, {"response_length": 0}, "--response_length 0"),
+    (train_dvpo, {"kl_horizon": 0}, "--kl_horizon 0"),
+    (train_dvpo, {"cliprange": 0}, "--cliprange 0"),
+    (train_dvpo, {"gae_lam": -0.5}, "--gae_lam -0.5"),
+    (train_dvpo, {"advantage": "best"}, "--advantage"),
+    (train_dvpo, {"max_prompt_length": 100, "response_length": 29}, "--max_prompt_length 100 .*--response_length 29.* 128"),
+    *((train_dvpo, {flag: spec}, f"--{flag} {spec}: .*module:function") for flag in ("value_fn", "truth_fn")
+      for spec in ("nomodule:values", "json:nofunction", "json")),
+    (train_ppo, {"share_base": True}, "--share_base .*--lora_r"),
+    (train_ppo, {"reward_fn": "json:dumps"}, "--reward_fn and --reward_model"),
+    (train_ppo, {"cliprange_value": 0}, "--cliprange_value 0"),
+    *((stage, lambda w, below=below: {"output_dir": file(w, "", "taken") / below}, "--output_dir .*taken")
+      for stage in (sft, train_gvm, train_rm, train_dvpo, train_ppo) for below in ("", "below")),
+    (sft, {"output_dir": "/proc/nothing"}, "--output_dir /proc/nothing: cannot write"),  # not even by root
+]
+
+EVALUATE = [
+    (evaluate, [], "usage"),
+    (evaluate, ["judge"], "usage"),
+    (evaluate, ["gvm", "--png", "x.png"], "--png is a flag of `evaluate.py plot`"),
+    (evaluate, ["gvm", "--json", "/proc/nothing/x.json"], "--json"),
+    (evaluate, ["values", "--question", "a"], "--question and --responses"),
+    (evaluate, ["plot", "--runs", "dvpo"], "--runs dvpo: expected name=path"),
+    (evaluate, ["plot", "--runs", "dvpo=nothing"], "nothing/metrics.jsonl"),
+    (evaluate, ["policy", "--policies", "a=nothing"], "--policies nothing"),
+    (evaluate, ["gvm", "--pairs", "0"], "--pairs 0"),
+]
+BAD = MODELS + DATA + FLAGS + EVALUATE
 
 
-def test_rows_longer_than_the_limit(flags):
-    """Dropping more than a tenth of the data stops the run and names the limit."""
-    assert "--max_length 9" in complaint(sft, **{**flags.sft, "max_length": 9})
+def name_of(case):
+    stage, changes, part, *_ = case
+    given = part if callable(changes) else changes if isinstance(changes, list) else "-".join(changes)
+    return f"{stage.__name__}-{given}"
 
 
-# ---- flags ----
-
-@pytest.mark.parametrize("stage", [sft, train_rm, train_gvm, train_dvpo, train_ppo])
-def test_an_unknown_flag_is_refused(stage, capsys):
-    """A typo does not pass, nor does the beginning of a flag's name."""
-    for flag in ("--learning_rate", "--micro"):
-        with pytest.raises(SystemExit) as end:
-            parse_args(stage.Args, [flag, "1"])
-        assert end.value.code == 2 and flag in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("changes", [{"batch_size": 5, "micro_batch": 2}, {"batch_size": 0},
-                                     {"micro_batch": 0}])
-def test_a_batch_that_does_not_divide(changes, flags, gvm):
-    """Both numbers are in the message."""
-    for stage, given in ((sft, flags.sft), (train_gvm, gvm)):
-        text = complaint(stage, **{**given, **changes})
-        assert (f"--batch_size {changes.get('batch_size', given['batch_size'])}" in text
-                and "--micro_batch" in text)
+@pytest.mark.parametrize("case", BAD, ids=map(name_of, BAD))
+def test_bad_input_ends_in_one_sentence(case, world, loaded, capsys):
+    """Which names the flag, file or row; nothing is left in the output folder, and models stay where they are."""
+    stage, changes, part, *late = case
+    if stage is evaluate:
+        text = ends_with(stage, changes, capsys)
+    else:
+        changes = changes(world) if callable(changes) else changes
+        loaded.clear()  # of making the case
+        text = ends_with(stage, {**world.flags[stage], **changes}, capsys)
+    assert re.search(part, text), text
+    assert late or not loaded, loaded
+    out = world.folder / "out"
+    assert not out.exists() or {path.name for path in out.iterdir()} <= {".lock", "args.json"}
 
 
-@pytest.mark.parametrize("changes", [{"rollout_batch": 3}, {"rollout_batch": 0}, {"accum_steps": 0},
-                                     {"ppo_epochs": 0}])
-def test_a_rollout_batch_that_does_not_divide(changes, dvpo):
-    """rollout batch = a multiple of micro batch x accumulation."""
-    text = complaint(train_dvpo, **{**dvpo, **changes})
-    assert "--rollout_batch" in text and "--micro_batch" in text and "--accum_steps" in text
+def test_there_are_many_of_them():
+    assert len({name_of(case) + case[2] for case in BAD}) >= 60
 
 
-def test_a_ds_config_that_is_not_there_or_no_json(flags, tmp_path):
-    """The path is named."""
-    (tmp_path / "bad.json").write_text("{")
-    for path in ("ds_configs/zero4.json", str(tmp_path / "bad.json")):
-        assert f"--ds_config {path}" in complaint(sft, **{**flags.sft, "ds_config": path})
+def test_what_is_odd_but_right_goes_through(world, capsys):
+    """A byte order mark, CRLF, other scripts, rows that come twice, and a row of 10 MB, which is dropped by the
+    length limit and counted."""
+    rows = [*ROWS, ROWS[0], {**ROWS[1], "instruction": "ist жёлтый 黄色 rot\u2028?"},
+            {"instruction": next(f"is it {i} ?" for i in range(99) if split_of(f"is it {i} ?", 0) == "sft"),
+             "completions": [
+                 {"model": "m", "response": "yes " * 2_500_000, "overall_score": 5}]}]
+    text = "\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    run_stage(sft, **{**world.flags[sft], "data": file(world, text), "max_steps": 1})
+    shown = capsys.readouterr().out
+    assert "dropped 1 (" in shown and "63 ultrafeedback rows" in shown
 
 
-def test_an_output_folder_that_cannot_be_made(flags, gvm, dvpo, tmp_path):
-    """A file lies where the folder should be."""
-    (tmp_path / "file").write_text("")
-    for stage, given in ((sft, flags.sft), (train_gvm, gvm), (train_dvpo, dvpo)):
-        for path in (tmp_path / "file", tmp_path / "file" / "below"):
-            assert f"--output_dir {path}" in complaint(stage, **{**given, "output_dir": path})
-
-
-@pytest.mark.parametrize("spec", ["nomodule:values", "json:nofunction", "json"])
-def test_a_plug_that_is_not_there(spec, dvpo):
-    """--value_fn and --truth_fn are module:function."""
-    for flag in ("value_fn", "truth_fn"):
-        text = complaint(train_dvpo, **dvpo, **{flag: spec})
-        assert f"--{flag} {spec}" in text and "module:function" in text
-
-
-def test_lengths_beyond_the_models_context(gvm, dvpo):
-    """The tiny models read 128 tokens."""
-    assert "--max_length 129" in complaint(train_gvm, **{**gvm, "max_length": 129})
-    text = complaint(train_dvpo, **{**dvpo, "max_prompt_length": 100, "response_length": 29})
-    assert "--max_prompt_length 100" in text and "--response_length 29" in text and "128" in text
-
-
-@pytest.mark.parametrize("changes", [{"lam": 1.5}, {"gamma": 0.0}, {"k": -1}, {"tau_warmup": 2.0},
-                                     {"reward": "model"}])
-def test_gvm_settings_out_of_range(changes, gvm):
-    """Named in one sentence with what is allowed."""
-    assert f"--{next(iter(changes))}" in complaint(train_gvm, **{**gvm, **changes})
-
-
-@pytest.mark.parametrize("changes", [{"temperature": 0.0}, {"temperature": -1.0}, {"response_length": 0}])
-def test_sampling_settings_out_of_range(changes, dvpo):
-    """Log-probs are at the sampler's temperature, so RL cannot be greedy; an
-    answer has at least one token."""
-    assert f"--{next(iter(changes))}" in complaint(train_dvpo, **{**dvpo, **changes})
-
-
-def test_no_compiler_for_deepspeeds_cpu_library(flags, monkeypatch):
+def test_no_compiler_for_deepspeeds_cpu_library(world, monkeypatch, capsys):
     """Said at once, not by a failing build."""
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    assert "C++" in complaint(sft, **flags.sft)
+    assert "C++" in ends_with(sft, world.flags[sft], capsys)
+
+
+@pytest.mark.parametrize("stage", [sft, train_rm, train_gvm, train_dvpo, train_ppo])
+def test_ends_of_the_ranges_are_allowed(stage):
+    """0 where it means never, off or none."""
+    zeros = ["lr", "max_grad_norm", "eval_every", "save_every", "seed"]
+    args = parse_args(stage.Args, [word for name in zeros for word in (f"--{name}", "0")])
+    assert [getattr(args, name) for name in zeros] == [0] * 5
 
 
 # ---- the command line itself ----
 
-def command_line(*words):
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=clean_env(), timeout=120,
-                          text=True, capture_output=True)
-    assert done.returncode != 0 and "Traceback" not in done.stderr
-    return done
-
-
-def test_the_command_line_ends_without_a_traceback(flags, tmp_path):
-    """train_dvpo.py before sft.py: one line on stderr, status 1."""
-    done = command_line("train_dvpo.py", "--model", flags.sft["model"], "--ds_config", flags.sft["ds_config"])
-    assert done.returncode == 1 and "run `sft.py" in done.stderr.strip().splitlines()[-1]
-
-
-def test_a_mistyped_flag_ends_in_a_usage_line():
-    """Status 2 and the flag's name."""
-    done = command_line("train_gvm.py", "--lambda", "0.5")
-    assert done.returncode == 2 and "--lambda" in done.stderr.strip().splitlines()[-1]
+@pytest.mark.parametrize("words, status, part", [
+    (["train_dvpo.py", "--model", "./none"], 1, "run `sft.py --model ./none"),
+    (["train_gvm.py", "--lambda", "0.5"], 2, "--lambda"),
+    (["sft.py", "--data", "missing.jsonl"], 1, "missing.jsonl: no such file"),
+    (["train_ppo.py", "--lr", "nan"], 1, "--lr nan"),
+    (["evaluate.py", "plot", "--runs", "dvpo"], 1, "--runs dvpo"),
+])
+def test_the_command_line_ends_without_a_traceback(words, status, part, world):
+    """The sentence is the last line on stderr."""
+    words = [ROOT / words[0], *words[1:], *(["--ds_config", FP32] if words[0] != "evaluate.py" else []),
+             *(["--base_model", world.model] if words[0] == "sft.py" else [])]
+    done = subprocess.run([sys.executable, *map(str, words)], env=clean_env(), timeout=120, text=True,
+                          capture_output=True)
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert part in done.stderr.strip().splitlines()[-1]
