@@ -25,8 +25,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import LOST_RANK, gather_rows, print0
-from data import BadInput
+from common import gather_rows, print0, writing
+from data import BadInput, one_line
 
 MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank"}  # flags that change no number
 
@@ -58,11 +58,8 @@ class Checkpoints:
         self.found = self.find()
         dist.barrier()  # what one rank has refused must not be changed by another
         if self.rank == 0:
-            try:
+            with writing(out):
                 (Path(out) / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
-            except OSError as e:
-                raise BadInput(f"--output_dir {out}: cannot write there ({e.strerror}); make room or choose "
-                               f"another folder.") from None
 
     # ---- reading ----
 
@@ -113,9 +110,12 @@ class Checkpoints:
     def damage(self, path):
         """What is wrong with a checkpoint, "" for nothing; the files are read by all ranks together."""
         try:
-            files = json.loads((path / "done.json").read_text())["files"]
-        except (OSError, ValueError, KeyError) as e:
-            return f"done.json: {e}"
+            done = json.loads((path / "done.json").read_text())
+            files = done["files"]
+            if done["checksum"] != checksum_of(done["ranks"], files):
+                raise ValueError("its own checksum is wrong")
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            return f"done.json: {one_line(repr(e))}"
         wrong = []
         for name, expected in sorted(files.items())[self.rank::self.world]:
             try:
@@ -146,7 +146,7 @@ class Checkpoints:
 
     def save(self, steps_done, state):
         path, saving = self.folder / f"step_{steps_done:08d}", self.folder / f".saving_{steps_done}"
-        try:
+        with writing(saving):
             if self.rank == 0:
                 self.folder.mkdir(exist_ok=True)
                 for left in self.folder.glob(".*"):  # of a run that was killed while it wrote
@@ -164,7 +164,8 @@ class Checkpoints:
                                       for name in names[self.rank::self.world]]))
             if self.rank == 0:
                 done = saving / "done.json"
-                done.write_text(json.dumps({"ranks": self.world, "files": files}))
+                done.write_text(json.dumps({"ranks": self.world, "files": files,
+                                            "checksum": checksum_of(self.world, files)}))
                 size_and_checksum(done)
                 if path.exists():  # a damaged one that resume() went past
                     shutil.rmtree(path)
@@ -172,12 +173,6 @@ class Checkpoints:
                 for old in sorted(self.folder.glob("step_*"))[:-self.args.keep]:
                     gone = old.rename(self.folder / f".old_{old.name}")  # a name step_<n> is a whole one
                     shutil.rmtree(gone)
-        except (OSError, RuntimeError) as e:  # torch says RuntimeError for a full disk
-            if LOST_RANK.search(str(e)):
-                raise
-            raise BadInput(f"{saving}: the checkpoint could not be written "
-                           f"({str(e).strip().splitlines()[0]}); make room there, the last complete one is "
-                           f"kept and --resume True goes on from it.") from None
         dist.barrier()
         return path
 
@@ -185,10 +180,16 @@ class Checkpoints:
         """The run is done and its model saved: its checkpoints are of no more use."""
         dist.barrier()
         if self.rank == 0:
-            (self.folder.parent / "finished.json").write_text("{}")
+            with writing(self.folder.parent):
+                (self.folder.parent / "finished.json").write_text("{}")
             shutil.rmtree(self.folder, ignore_errors=True)
         dist.barrier()  # a rank that ends while another is at work can take it down
         self.signals.restore()
+
+
+def checksum_of(ranks, files):
+    """Of what done.json says, so that it vouches for itself, too."""
+    return zlib.crc32(json.dumps([ranks, files]).encode())
 
 
 def size_and_checksum(path):

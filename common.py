@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser,
@@ -226,7 +226,8 @@ def base_of(path):
     except FileNotFoundError:
         return path
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise BadInput(f"{path}: its adapter_config.json cannot be read ({e!r}); train it again.") from None
+        raise BadInput(f"{path}: its adapter_config.json cannot be read ({one_line(repr(e))}); train it "
+                       f"again.") from None
 
 
 def load_plug(spec, flag):
@@ -407,8 +408,9 @@ def load_tokenizer(path, flag="--model"):
         tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")[2]
     except Exception as e:  # a template is a program of its author's, and can fail in any way
         raise BadInput(f"{flag} {path}: its chat template fails on a user and an assistant turn "
-                       f"({e}).") from None
-    ids = tokenizer(tail.strip(), add_special_tokens=False).input_ids
+                       f"({one_line(e)}).") from None
+    with loading(path, flag):
+        ids = tokenizer(tail.strip(), add_special_tokens=False).input_ids
     added = tokenizer.added_tokens_decoder
     if ids and ids[0] in added and added[ids[0]].special:
         tokenizer.eos_token = added[ids[0]].content
@@ -664,8 +666,9 @@ def reward_scale(folder, flag="--reward_model"):
         if not (math.isfinite(center) and 0 < scale < math.inf):
             raise ValueError(f"center {center}, scale {scale}")
         return center, scale
-    except (ValueError, KeyError, TypeError) as e:
-        raise BadInput(f"{flag} {folder}: its rm.json cannot be read ({e!r}); train it again.") from None
+    except (ValueError, KeyError, TypeError, OverflowError) as e:
+        raise BadInput(f"{flag} {folder}: its rm.json cannot be read ({one_line(repr(e))}); train it "
+                       f"again.") from None
 
 
 def last_token_scores(model, prompts, responses, pad_id, device):
@@ -930,6 +933,18 @@ def batch_normalize(q, mask, eps=1e-8):
 
 # ---- saving ------------------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def writing(path):
+    """What cannot be written (a full disk, a lost mount) ends in one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have classes of their own
+        if LOST_RANK.search(str(e)):
+            raise
+        raise BadInput(f"{path}: could not be written ({one_line(e)}): make room there; the last complete "
+                       f"checkpoint and model are kept, --resume True goes on.") from None
+
+
 def replace_files(saving, out):
     """Move a finished folder's files over the old ones; a crash while writing leaves the old ones alone."""
     for path in sorted(Path(saving).iterdir()):
@@ -962,11 +977,12 @@ def save_model(engine, tokenizer, out, base=None, extra=None):
             for adapter in module.peft_config.values():  # a relative path would fail from another folder
                 if Path(adapter.base_model_name_or_path or "").exists():
                     adapter.base_model_name_or_path = str(Path(adapter.base_model_name_or_path).resolve())
-        module.save_pretrained(saving, state_dict=state)
-        tokenizer.save_pretrained(saving)
-        for name, content in (extra or {}).items():
-            (saving / name).write_text(json.dumps(content, indent=1))
-        replace_files(saving, out)
+        with writing(out):
+            module.save_pretrained(saving, state_dict=state)
+            tokenizer.save_pretrained(saving)
+            for name, content in (extra or {}).items():
+                (saving / name).write_text(json.dumps(content, indent=1))
+            replace_files(saving, out)
     dist.barrier()
 
 
@@ -982,9 +998,11 @@ class MetricLog:
         self.rank0 = not dist.is_initialized() or dist.get_rank() == 0
         if not self.rank0:
             return
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            keep_steps(Path(out) / name, start)
-        self.file = open(Path(out) / "metrics.jsonl", "a")
+        self.path = Path(out) / "metrics.jsonl"
+        with writing(self.path):
+            for path in (self.path, self.path.with_name("samples.jsonl")):
+                keep_steps(path, start)
+            self.file = open(self.path, "a")
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(out, purge_step=start)
@@ -995,8 +1013,9 @@ class MetricLog:
         """row: {metric name: number}. Printed values are rounded, the file keeps them as they are."""
         if not self.rank0:
             return
-        self.file.write(json.dumps({"step": step, **row}) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps({"step": step, **row}) + "\n")
+            self.file.flush()
         for name, value in row.items():
             if self.board is not None and value is not None:
                 self.board.add_scalar(name, value, step)

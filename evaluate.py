@@ -510,10 +510,14 @@ def read_metrics(path):
     curves = defaultdict(dict)
     for where, row in read_rows(path):
         for name, value in row.items():
-            if not isinstance(row.get("step"), int) or not isinstance(value, (int, float, type(None))):
-                raise BadInput(f"{where}: not a row of metrics, numbers with a whole `step`; remove it.")
-            if value is not None:
-                curves[name][row["step"]] = float(value)
+            try:
+                if not isinstance(row.get("step"), int) or not isinstance(value, (int, float, type(None))):
+                    raise ValueError
+                if value is not None:
+                    curves[name][row["step"]] = float(value)
+            except (ValueError, OverflowError):
+                raise BadInput(f"{where}: not a row of metrics, numbers with a whole `step`; remove "
+                               f"it.") from None
     return curves
 
 

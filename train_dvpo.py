@@ -49,7 +49,7 @@ from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, chec
                     gather_rows, generate, gvm_settings, init_distributed, keyed_rng, load_gvm, load_plug,
                     load_policy, load_tokenizer, lora_targets, micro_batches, model_place, output_folder,
                     parse_args, peak_memory_gb, print0, save_model, seed_everything, set_lr, stage_folder,
-                    step_norm, tokenizer_fingerprint)
+                    step_norm, tokenizer_fingerprint, writing)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
 
@@ -354,7 +354,8 @@ def warn(metrics):
 def show_samples(rows, values, tokenizer, step, out):
     """Two answers with the value of every token: seeing them rise and fall along a
     sentence is DVPO's best picture."""
-    with open(out / "samples.jsonl", "w" if step == 0 else "a") as f:
+    path = out / "samples.jsonl"
+    with writing(path), open(path, "w" if step == 0 else "a", encoding="utf-8") as f:
         for row, v in list(zip(rows, values.tolist()))[:2]:
             tokens = [tokenizer.decode([i]) for i in row["response_ids"]]
             f.write(json.dumps({"step": step, "prompt": row["prompt"], "response": row["response"],

@@ -47,7 +47,7 @@ from common import (MetricLog, OneBase, all_sum, base_of, batch_normalize, chat_
                     load_policy, load_reward_model, load_tokenizer, load_value_base, lora_targets,
                     micro_batches, model_place, output_folder, parse_args, peak_memory_gb, pretrained, print0,
                     reward_scale, reward_scores, save_model, seed_everything, set_lr, stage_folder, step_norm,
-                    tokenizer_fingerprint, value_head)
+                    tokenizer_fingerprint, value_head, writing)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
 
@@ -367,7 +367,8 @@ def warn(metrics):
 
 def show_samples(rows, values, scores, tokenizer, step, out):
     """Two answers with their score and the critic's value before every token."""
-    with open(out / "samples.jsonl", "w" if step == 0 else "a") as f:
+    path = out / "samples.jsonl"
+    with writing(path), open(path, "w" if step == 0 else "a", encoding="utf-8") as f:
         for row, v, x in list(zip(rows, values.tolist(), scores.tolist()))[:2]:
             tokens = [tokenizer.decode([i]) for i in row["response_ids"]]
             f.write(json.dumps({"step": step, "prompt": row["prompt"], "response": row["response"],

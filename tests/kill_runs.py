@@ -27,12 +27,13 @@ from conftest import clean_env
 from test_resume import numbers, weights
 
 
-def start(words, ranks):
+def start(words, ranks, log=subprocess.PIPE):
+    """A run as a process group of its own; its output goes into a pipe, or into the file `log`."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port",
                 str(random.randrange(20000, 30000))]
     return subprocess.Popen((launcher if ranks > 1 else [sys.executable]) + list(map(str, words)), cwd=ROOT,
-                            env=clean_env(), text=True, start_new_session=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+                            env=clean_env(), text=True, start_new_session=True,
+                            stdout=log if log is subprocess.PIPE else open(log, "w"), stderr=subprocess.STDOUT)
 
 
 def whole(words, ranks):
@@ -40,6 +41,20 @@ def whole(words, ranks):
     text, _ = process.communicate()
     if process.returncode:
         sys.exit(f"error: {' '.join(map(str, words))} failed:\n{text[-3000:]}")
+
+
+SMALL = ["--batch_size", 16, "--micro_batch", 8]
+
+
+def make_toy(folder):
+    """The toy, a short sft and gvm on it. Returns the flags --data and --sft_model of what builds on them."""
+    toy = folder / "toy"
+    subprocess.run([sys.executable, "-m", "toy.make", "--out", toy], cwd=ROOT, check=True, capture_output=True)
+    data = ["--data", toy / "preferences.jsonl", "--sft_model", folder / "sft"]
+    whole(["sft.py", "--base_model", toy / "model", "--data", toy / "sft.jsonl", "--max_steps", 60, *SMALL,
+           "--output_dir", folder / "sft"], 1)
+    whole(["train_gvm.py", *data, "--max_steps", 20, *SMALL, "--output_dir", folder / "gvm"], 1)
+    return data
 
 
 def steps_done(folder):
@@ -66,7 +81,7 @@ def kill_and_resume(name, words, ranks, kills, folder, rng):
         time.sleep(rng.uniform(0, 0.6))
         while kill % 3 == 2 and process.poll() is None and not half_written(killed):
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.05))
+        time.sleep(rng.uniform(0, 0.01))
         launcher_alone = ranks > 1 and kill % 4 == 3
         if process.poll() is None:
             (os.kill if launcher_alone else os.killpg)(process.pid, signal.SIGKILL)
@@ -94,17 +109,12 @@ def main():
     rng, same = random.Random(args.seed), True
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        toy = folder / "toy"
-        subprocess.run([sys.executable, "-m", "toy.make", "--out", toy], cwd=ROOT, check=True, capture_output=True)
-        sft = ["sft.py", "--base_model", toy / "model", "--data", toy / "sft.jsonl"]
-        data = ["--data", toy / "preferences.jsonl", "--sft_model", folder / "sft"]
-        small = ["--batch_size", 16, "--micro_batch", 8]
-        whole([*sft, "--max_steps", 60, *small, "--output_dir", folder / "sft"], 1)
-        whole(["train_gvm.py", *data, "--max_steps", 20, *small, "--output_dir", folder / "gvm"], 1)
-        whole(["train_rm.py", *data, "--max_steps", 20, *small, "--output_dir", folder / "rm"], 1)
+        data = make_toy(folder)
+        whole(["train_rm.py", *data, "--max_steps", 20, *SMALL, "--output_dir", folder / "rm"], 1)
+        sft = ["sft.py", "--base_model", folder / "toy/model", "--data", folder / "toy/sft.jsonl"]
         rl = [*data, "--save_every", 1, "--max_steps", 60, "--rollout_batch", 8, "--micro_batch", 4,
               "--eval_every", 0]
-        plain = ["--save_every", 1, "--max_steps", 30, *small, "--lora_dropout", 0.1]
+        plain = ["--save_every", 1, "--max_steps", 30, *SMALL, "--lora_dropout", 0.1]
         commands = {"sft": [*sft, *plain, "--lora_r", 4], "gvm": ["train_gvm.py", *data, *plain],
                     "rm": ["train_rm.py", *data, *plain],
                     "dvpo": ["train_dvpo.py", *rl, "--value_model", folder / "gvm"],

@@ -2,6 +2,7 @@
 and before a model is loaded unless the fault lies in its weights."""
 
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -20,9 +21,10 @@ import train_dvpo
 import train_gvm
 import train_ppo
 import train_rm
-from common import load_tokenizer, parse_args
+from checkpoint import Checkpoints, checksum_of, size_and_checksum
+from common import base_of, check_model, ds_config, gvm_settings, load_tokenizer, parse_args, reward_scale
 from conftest import FP32, ROOT, WORDS, clean_env, feedback_rows, run_stage, tiny_llama, word_tokenizer, write_jsonl
-from data import split_of
+from data import BadInput, split_of
 
 ROWS = feedback_rows()
 PAIRS = [{"prompt": row["instruction"], "chosen": "yes .", "rejected": "no ."} for row in ROWS]
@@ -50,7 +52,7 @@ def world(flags, chain, baseline, tmp_path, monkeypatch):
     on_sft = {"sft_model": chain.sft, **out}
     return SimpleNamespace(
         folder=tmp_path, model=flags.sft["model"], sft_folder=chain.sft, gvm_folder=chain.gvm,
-        rm_folder=baseline.rm,
+        rm_folder=baseline.rm, folder_of_metrics=chain.dvpo,
         flags={sft: {**flags.sft, **out}, train_gvm: {**flags.gvm, **on_sft}, train_rm: {**flags.rm, **on_sft},
                train_dvpo: {**flags.dvpo, "value_model": chain.gvm, **on_sft},
                train_ppo: {**flags.ppo, "reward_model": baseline.rm, **on_sft}})
@@ -383,6 +385,85 @@ def test_what_is_odd_but_right_goes_through(world, capsys):
     run_stage(sft, **{**world.flags[sft], "data": file(world, text), "max_steps": 1})
     shown = capsys.readouterr().out
     assert "dropped 1 (" in shown and "63 ultrafeedback rows" in shown
+
+
+ODD = [None, True, 0, -3, 1.5, float("nan"), 10**400, "", "x", "\ud800", [], {}, [[]], {"a": {}}]
+
+
+def damaged(value, draw):
+    """A copy of a JSON value in which some parts are replaced or removed."""
+    if draw.random() < 0.15:
+        return draw.choice(ODD)
+    if isinstance(value, dict):
+        return {key: damaged(part, draw) for key, part in value.items() if draw.random() > 0.1}
+    return [damaged(part, draw) for part in value] if isinstance(value, list) else value
+
+
+def refuse(wrong):
+    if wrong:
+        raise BadInput(wrong)
+
+
+def readers(world):
+    """name -> (file, reader of it) of every small file that the scripts read beside the data."""
+    folder = shutil.copytree(world.gvm_folder, world.folder / "gvm")
+    rm = shutil.copytree(world.rm_folder, world.folder / "rm")
+    model = shutil.copytree(world.sft_folder, world.folder / "sft")
+    tokenizer = load_tokenizer(model)
+    shutil.copy(ROOT / "ds_configs/zero3.json", world.folder)
+    checkpoint, alone = world.folder / "step", SimpleNamespace(rank=0, world=1)
+    checkpoint.mkdir()
+    (checkpoint / "rank0.json").write_text("{}")
+    files = {"rank0.json": size_and_checksum(checkpoint / "rank0.json")}
+    (checkpoint / "done.json").write_text(json.dumps({"ranks": 1, "files": files,
+                                                      "checksum": checksum_of(1, files)}))
+    assert not Checkpoints.damage(alone, checkpoint)
+    shutil.copy(world.folder_of_metrics / "metrics.jsonl", world.folder)
+    return {"gvm.json": (folder / "gvm.json", lambda: gvm_settings(folder)),
+            "rm.json": (rm / "rm.json", lambda: reward_scale(rm)),
+            "adapter_config.json": (rm / "adapter_config.json", lambda: base_of(rm)),
+            "config.json": (model / "config.json", lambda: check_model(model, tokenizer, "--model", 9, "asked")),
+            "tokenizer_config.json": (model / "tokenizer_config.json", lambda: load_tokenizer(model)),
+            "zero3.json": (world.folder / "zero3.json", lambda: ds_config(world.folder / "zero3.json")),
+            "done.json": (checkpoint / "done.json", lambda: refuse(Checkpoints.damage(alone, checkpoint))),
+            "metrics.jsonl": (world.folder / "metrics.jsonl",
+                              lambda: evaluate.read_metrics(world.folder / "metrics.jsonl"))}
+
+
+@pytest.mark.parametrize("name", ["gvm.json", "rm.json", "adapter_config.json", "config.json",
+                                  "tokenizer_config.json", "zero3.json", "done.json", "metrics.jsonl"])
+def test_damaged_settings_are_read_or_refused_and_nothing_else(name, world):
+    """Values replaced and bytes overwritten, at random. (tests/test_data.py does it to the data's readers.)"""
+    path, read = readers(world)[name]
+    sound, draw, refused = path.read_text(), random.Random(0), 0
+    rounds = 60 if name == "tokenizer_config.json" else 200
+    for i in range(rounds):
+        if i % 2:
+            lines = sound.splitlines() if name.endswith("l") else [sound]
+            path.write_text("\n".join(json.dumps(damaged(json.loads(line), draw)) for line in lines))
+        else:
+            raw = bytearray(sound.encode())
+            for _ in range(draw.randrange(1, 6)):
+                raw[draw.randrange(len(raw))] = draw.randrange(256)
+            path.write_bytes(raw)
+        try:
+            read()
+        except BadInput as error:
+            assert "\n" not in str(error) and len(str(error)) < 800
+            refused += 1
+    assert refused > rounds / 10
+
+
+def test_importing_needs_no_network_and_a_run_writes_only_its_folder(world, monkeypatch):
+    code = ("import socket, sys; socket.socket.connect = socket.getaddrinfo = lambda *a: sys.exit('connects'); "
+            "import sft, train_rm, train_gvm, train_dvpo, train_ppo, evaluate")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean_env(), text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+    tracked = lambda: {path: path.stat().st_mtime for path in ROOT.rglob("*")
+                       if path.is_file() and not {".git", ".venv", "__pycache__", ".pytest_cache"} & set(path.parts)}
+    before = tracked()
+    run_stage(sft, **{**world.flags[sft], "max_steps": 1})
+    assert tracked() == before and [path.name for path in world.folder.iterdir()] == ["out"]
 
 
 def test_no_compiler_for_deepspeeds_cpu_library(world, monkeypatch, capsys):

@@ -4,6 +4,7 @@ And what a fault leaves behind."""
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -212,9 +213,56 @@ def test_impossible_checkpoint_settings(change, chain, flags, baseline, tmp_path
         run_stage(sft, **flags_of("sft", flags, chain, baseline, **change), output_dir=tmp_path)
 
 
+@pytest.fixture
+def room(monkeypatch):
+    """room(bytes): no file of this process may become larger, as on a disk that is full; room() lifts it. The
+    operating system then refuses what torch, safetensors and Python write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_while_saving_a_checkpoint(flags, chain, baseline, tmp_path, room, straight, monkeypatch):
+    """The second checkpoint does not fit: one sentence, the first is good, and with room the run is as if
+    nothing had been."""
+    run = {**flags_of("dvpo", flags, chain, baseline), "output_dir": tmp_path}
+    save = checkpoint.Checkpoints.save
+
+    def full(self, steps_done, state):
+        room(20_000 if steps_done == 4 else resource.RLIM_INFINITY)
+        return save(self, steps_done, state)
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="could not be written .*make room"):
+        patch.setattr(checkpoint.Checkpoints, "save", full)
+        run_stage(train_dvpo, **run)
+    room()
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000002"]
+    run_stage(train_dvpo, **run, resume=True)
+    assert numbers(tmp_path) == numbers(straight) and weights(tmp_path) == weights(straight)
+
+
+@pytest.mark.parametrize("size, what", [(20_000, "out:"), (500, "metrics.jsonl:")])
+def test_a_full_disk_elsewhere(size, what, flags, chain, baseline, tmp_path, room, monkeypatch, capsys):
+    """At the final model, and at a row of metrics: the model of an earlier run stays whole, the run goes on
+    when there is room. (capsys: what is printed must not go to a file here.)"""
+    run = {**flags_of("sft", flags, chain, baseline, save_every=2), "output_dir": tmp_path / "out"}
+    run_stage(sft, **run)
+    before, write = weights(tmp_path / "out"), common.MetricLog.write
+
+    def full(self, step, row):
+        room(size if step == (5 if size == 20_000 else 3) else resource.RLIM_INFINITY)
+        write(self, step, row)
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match=f"{what} could not be written"):
+        patch.setattr(common.MetricLog, "write", full)
+        run_stage(sft, **run)
+    room()
+    assert weights(tmp_path / "out") == before != {}
+    run_stage(sft, **run, resume=True)
+    assert weights(tmp_path / "out") == before and len(numbers(tmp_path / "out")) == 6
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
-                                   RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")])
-def test_a_full_disk_while_saving_keeps_the_last_checkpoint(error, flags, chain, baseline, tmp_path, monkeypatch):
+                                   OSError(errno.EROFS, "Read-only file system")])
+def test_a_disk_that_fails_while_saving(error, flags, chain, baseline, tmp_path, monkeypatch):
     import deepspeed
     run = {**flags_of("dvpo", flags, chain, baseline), "output_dir": tmp_path}
     save = deepspeed.DeepSpeedEngine.save_checkpoint
@@ -224,7 +272,7 @@ def test_a_full_disk_while_saving_keeps_the_last_checkpoint(error, flags, chain,
             (Path(folder) / "half").write_text("x")
             raise error
         return save(self, folder, **kwargs)
-    with monkeypatch.context() as patch, pytest.raises(BadInput, match="could not be written"):
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match=f"could not be written .*{error.strerror}"):
         patch.setattr(deepspeed.DeepSpeedEngine, "save_checkpoint", full)
         run_stage(train_dvpo, **run)
     run_stage(train_dvpo, **run, resume=True)
@@ -346,6 +394,22 @@ def test_a_signal_saves_and_ends(number, flags, chain, baseline, tmp_path):
     run_stage(train_dvpo, **run, output_dir=tmp_path / "told", resume=True)
     assert numbers(tmp_path / "told") == numbers(tmp_path / "straight")
     assert weights(tmp_path / "told") == weights(tmp_path / "straight")
+
+
+def test_sigkill_in_the_middle_of_a_save(flags, chain, baseline, tmp_path):
+    """Nothing of ours runs any more. tests/kill_runs.py is the long form."""
+    run = flags_of("dvpo", flags, chain, baseline, max_steps=40, save_every=1)
+    run_stage(train_dvpo, **{**run, "save_every": 0}, output_dir=tmp_path / "straight")
+    process = start(train_dvpo, {**run, "output_dir": tmp_path / "killed"})
+    wait_for_steps(tmp_path / "killed", 3, process)
+    while process.poll() is None and not any((tmp_path / "killed/checkpoints").glob(".saving*")):
+        pass
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and len(numbers(tmp_path / "killed")) < 40
+    run_stage(train_dvpo, **run, output_dir=tmp_path / "killed", resume=True)
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "straight")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "straight")
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):
