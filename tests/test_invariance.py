@@ -36,6 +36,7 @@ def deepspeed_ranks(*command):
     done = subprocess.run(command, cwd=ROOT, env=clean_env(), timeout=LAUNCH_TIMEOUT, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # memory until the machine is restarted
     return done.stdout
 
 
