@@ -12,9 +12,11 @@ is found when it is read. DeepSpeed's files are pickles: resume only from folder
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -34,43 +36,51 @@ MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank"}  # fla
 class Checkpoints:
     """The checkpoints of one run, and its end.
 
-    run = Checkpoints(out, args, data=train)     refuses, before a model is loaded, what it cannot go on with
+    run = Checkpoints(out, args, data=train, models=[sft])      refuses, before a model is loaded, what it
+                                                 cannot go on with
     start, state = run.resume({"policy": engine})         0 and {} where nothing is resumed
     for step in range(start, steps):
         ...
         run.after(step, steps, beta=beta)        saves when due; ends the process when it was told to end
     run.finish()                                 after the model is saved
 
-    data: the rows of training, whose checksum must not change;  resume takes {name: DeepSpeed engine}
-
-    Writes args.json, what runs here.
+    data: the rows of training;  models: folders or hub ids of the models that are read. Neither may change
+    resume takes {name: DeepSpeed engine}, and writes args.json, what runs here
     """
 
-    def __init__(self, out, args, data):
+    def __init__(self, out, args, data, models):
+        for model in models:
+            if Path(out).resolve() == Path(model).resolve():
+                raise BadInput(f"--output_dir {out}: a model that this run reads lies here; choose another "
+                               f"folder.")
         self.folder, self.args = Path(out) / "checkpoints", args
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in MAY_DIFFER}
-        self.same = {**{f"--{name}": value for name, value in flags.items()},
+        self.same = {"script": Path(inspect.getfile(type(args))).name,
+                     **{f"--{name}": value for name, value in flags.items()},
                      "number of ranks": self.world,
                      "content of --ds_config": Path(args.ds_config).read_text(),
-                     "content of --data": hashlib.sha256(repr(data).encode()).hexdigest()[:16]}
+                     "content of --data": hashlib.sha256(repr(data).encode()).hexdigest()[:16],
+                     **{f"content of {model}": fingerprint(model) for model in models}}
         self.same = json.loads(json.dumps(self.same, default=str))
+        self.finished = self.folder.parent / "finished.json"
         self.found = self.find()
-        dist.barrier()  # what one rank has refused must not be changed by another
-        if self.rank == 0:
-            with writing(out):
-                (Path(out) / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
 
     # ---- reading ----
 
     def find(self):
         """(folder of the checkpoint to go on from, its rank file of this rank), or None to start anew."""
-        if self.args.resume and (self.folder.parent / "finished.json").exists():
+        if self.args.resume and self.finished.exists():
+            try:
+                self.check_same(json.loads(self.finished.read_text()), self.finished)
+            except (OSError, ValueError) as e:
+                raise BadInput(f"{self.finished}: cannot be read ({one_line(e)}): delete it and run without "
+                               f"--resume, or choose another --output_dir.") from None
             print0(f"{self.folder.parent}: this run is finished, nothing is left to do")
             raise SystemExit(0)
-        found = sorted(self.folder.glob("step_*"), reverse=True)
+        found = self.whole()[::-1]
         if not self.args.resume:
-            if found:
+            if found and not self.finished.exists():
                 raise BadInput(f"--output_dir {self.folder.parent}: a run that is not finished lies here "
                                f"({found[0].name}): continue it with --resume True, delete {self.folder}, or "
                                f"choose another folder.")
@@ -85,20 +95,33 @@ class Checkpoints:
             return None
         written_by = json.loads((path / "done.json").read_text())["ranks"]
         mine = json.loads((path / f"rank{self.rank % written_by}.json").read_text())
-        then = mine["same"]
+        self.check_same(mine["same"], path)
+        return path, mine
+
+    def check_same(self, then, path):
         differ = [f"{name}: {then.get(name)!r} then, {value!r} now"
                   for name, value in self.same.items() if then.get(name) != value]
         if differ:
             raise BadInput(f"--resume: {path} was written by another run ({'; '.join(differ)[:600]}): give "
                            f"the same again, or choose another --output_dir.")
-        return path, mine
+
+    def whole(self):
+        """The complete checkpoints, by step."""
+        return sorted(path for path in self.folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
 
     def resume(self, engines):
         """(first step to do, what the loop had handed to `after`), weights and random states restored."""
         self.engines = engines
         self.signals, self.launcher = StopSignals(), parents()
+        dist.barrier()  # what one rank has refused must not be changed by another
+        if self.rank == 0:
+            with writing(self.folder.parent):
+                if not self.args.resume:  # left by a run that was killed when it had finished
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                self.finished.unlink(missing_ok=True)
+                flags = json.dumps(dataclasses.asdict(self.args), indent=1)
+                (self.folder.parent / "args.json").write_text(flags)
         if self.found is None:
-            (self.folder.parent / "finished.json").unlink(missing_ok=True)
             return 0, {}
         path, mine = self.found
         for name, engine in self.engines.items():
@@ -149,8 +172,8 @@ class Checkpoints:
         with writing(saving):
             if self.rank == 0:
                 self.folder.mkdir(exist_ok=True)
-                for left in self.folder.glob(".*"):  # of a run that was killed while it wrote
-                    shutil.rmtree(left)
+                for left in self.folder.glob(".*_*"):  # of a run that was killed while it wrote
+                    shutil.rmtree(left, ignore_errors=True)
                 saving.mkdir()
             dist.barrier()
             for name, engine in self.engines.items():
@@ -167,10 +190,11 @@ class Checkpoints:
                 done.write_text(json.dumps({"ranks": self.world, "files": files,
                                             "checksum": checksum_of(self.world, files)}))
                 size_and_checksum(done)
-                if path.exists():  # a damaged one that resume() went past
-                    shutil.rmtree(path)
+                for damaged in self.whole():  # resume() went past them
+                    if damaged >= path:
+                        shutil.rmtree(damaged)
                 os.rename(saving, path)
-                for old in sorted(self.folder.glob("step_*"))[:-self.args.keep]:
+                for old in self.whole()[:-self.args.keep]:
                     gone = old.rename(self.folder / f".old_{old.name}")  # a name step_<n> is a whole one
                     shutil.rmtree(gone)
         dist.barrier()
@@ -181,10 +205,23 @@ class Checkpoints:
         dist.barrier()
         if self.rank == 0:
             with writing(self.folder.parent):
-                (self.folder.parent / "finished.json").write_text("{}")
+                self.finished.write_text(json.dumps(self.same, indent=1))
             shutil.rmtree(self.folder, ignore_errors=True)
         dist.barrier()  # a rank that ends while another is at work can take it down
         self.signals.restore()
+
+
+def fingerprint(model, part=1 << 20):
+    """Of a model's folder: name, size, first and last MiB of its weights and settings; a hub id is itself."""
+    crc = 0
+    for path in sorted(Path(model).glob("*")):
+        if path.suffix in (".safetensors", ".json", ".jinja") and path.stem not in ("args", "finished"):
+            size = path.stat().st_size
+            with open(path, "rb") as f:
+                crc = zlib.crc32(f"{path.name} {size}".encode() + f.read(part), crc)
+                f.seek(max(0, size - part))
+                crc = zlib.crc32(f.read(part), crc)
+    return crc or str(model)
 
 
 def checksum_of(ranks, files):
@@ -248,13 +285,14 @@ class StopSignals:
 
 
 def parents():
-    """Process ids whose change means that the launcher has died: the parent's and, when that is DeepSpeed's
-    helper process, the one of the `deepspeed` command, which dies alone when it gets a SIGTERM."""
+    """Process ids whose change means that the launcher has died: of DeepSpeed's helper process, which is the
+    parent, and of the `deepspeed` command, which dies alone when it gets a SIGTERM. None without a launcher:
+    a run may outlive the shell that started it."""
     parent = os.getppid()
     try:
         if b"deepspeed.launcher.launch" not in Path(f"/proc/{parent}/cmdline").read_bytes():
-            return [parent]
+            return []
         stat = Path(f"/proc/{parent}/stat").read_text()
         return [parent, int(stat.rpartition(")")[2].split()[1])]
     except OSError:  # not Linux, or it has just died
-        return [parent]
+        return []

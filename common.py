@@ -75,6 +75,36 @@ def parse_args(cls, argv=None):
     return cls(**vars(values))
 
 
+def command_args(cls, commands, argv, outputs):
+    """(command, its arguments) of a script that has several commands; whose help begins "command: " or
+    "one, other: " belongs to these. outputs: flags that name a file to write."""
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [word for word in argv if not re.match("--local[-_]rank=", word)]  # the launcher puts it in front
+    script = Path(inspect.getfile(cls)).name
+    if not argv or argv[0] not in commands:
+        raise BadInput(f"usage: {script} {'|'.join(commands)} [flags]; "
+                       f"`{script} {next(iter(commands))} --help` has all.")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput(f"{script} works on one rank: start it with python, or with deepspeed --num_gpus 1.")
+    args = parse_args(cls, argv[1:])
+    typed = {word.partition("=")[0].replace("-", "_") for word in argv}
+    for flag in dataclasses.fields(cls):  # one of another command would silently do nothing
+        owners = set(flag.metadata["help"].partition(":")[0].split(", "))
+        if owners & set(commands) and argv[0] not in owners and f"__{flag.name}" in typed:
+            raise BadInput(f"--{flag.name} is a flag of `{script} {' and '.join(sorted(owners))}`, not of "
+                           f"{argv[0]}.")
+    for flag in outputs:  # an unwritable place shows before the expensive work
+        try:
+            if getattr(args, flag):
+                made = not os.path.exists(getattr(args, flag))
+                open(getattr(args, flag), "a").close()
+                if made:  # a run that ends early leaves no empty file
+                    os.remove(getattr(args, flag))
+        except OSError as e:
+            raise BadInput(f"--{flag}: cannot write {e.filename} ({e.strerror}); name another.") from None
+    return argv[0], args
+
+
 MOST = 1e12
 LIMITS = {  # flag: smallest and largest value, in every script that has it
     **dict.fromkeys(("lr", "critic_lr", "warmup_steps", "critic_warmup", "max_grad_norm", "eval_every",
@@ -82,7 +112,7 @@ LIMITS = {  # flag: smallest and largest value, in every script that has it
                      "lora_r", "kl_coef", "kl_target", "early_stop_kl", "temperature"), (0, MOST)),
     **dict.fromkeys(("epochs", "lora_alpha", "max_length", "max_prompt_length", "response_length", "keep",
                      "kl_horizon", "tau_question_tokens", "tau_answer_tokens", "pairs", "prompts",
-                     "reference_rows"), (1, MOST)),
+                     "reference_rows", "micro_batch"), (1, MOST)),
     **dict.fromkeys(("gamma", "lam", "gae_lam", "tau_warmup", "lora_dropout"), (0, 1)),
     **dict.fromkeys(("cliprange", "cliprange_value"), (1e-6, MOST)),
     **dict.fromkeys(("missing_eos_penalty", "score_min", "score_max"), (-MOST, MOST)),
@@ -241,9 +271,12 @@ def load_plug(spec, flag):
     module, _, function = spec.partition(":")
     sys.path.insert(0, os.getcwd())  # the module may lie where the command is typed
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise BadInput(f"{flag} {spec}: {e}; expected module:function, for example "
+        found = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise TypeError("it is no function")
+        return found
+    except Exception as e:  # whatever a foreign module does while it is imported
+        raise BadInput(f"{flag} {spec}: {one_line(e)}; expected module:function, for example "
                        f"toy.exact:values.") from None
     finally:
         sys.path.pop(0)
@@ -269,14 +302,20 @@ def ds_config(path, micro_batch=1, max_grad_norm=1.0):
                   "gradient_clipping": 0.0 if is_plain(config) else max_grad_norm,  # plain: see clip_in_step
                   "managed_gradient_accumulation": False, "zero_allow_untested_optimizer": True}
         DeepSpeedConfig(config)
+        bf16 = config.get("bf16", {}).get("enabled", False)
+        if type(zero_stage(config)) is not int or type(bf16) is not bool:  # DeepSpeed takes "3" and "false"
+            raise ValueError("`stage` must be a whole number and bf16's `enabled` true or false, unquoted")
+        if "offload_optimizer" in config.get("zero_optimization", {}) and config.get(
+                "zero_force_ds_cpu_optimizer", True):
+            raise ValueError("offload_optimizer needs zero_force_ds_cpu_optimizer: false, as in "
+                             "zero3_offload.json, because the optimizer here is PyTorch's")
     except Exception as e:  # DeepSpeed's check fails in a dozen ways, which all mean: the file is wrong
         raise BadInput(f"--ds_config {path}: {one_line(e)}; choose a JSON file from ds_configs/.") from None
     return config
 
 
-DS_KEYS = {"bf16", "zero_optimization", "zero_force_ds_cpu_optimizer", "data_types",
-           "communication_data_type", "prescale_gradients", "aio", "comms_logger", "wall_clock_breakdown",
-           "flops_profiler"}
+DS_KEYS = {"bf16", "zero_optimization", "zero_force_ds_cpu_optimizer", "communication_data_type",
+           "prescale_gradients", "aio", "comms_logger", "wall_clock_breakdown", "flops_profiler"}
 
 
 def is_plain(config):
@@ -365,10 +404,10 @@ def loading(path, flag):
         yield
     except Exception as e:  # any of a dozen classes of four libraries
         text = str(e).lower()
-        if "gated" in text or "401" in text or "403" in text:
-            why = "the repository is gated: accept its licence on huggingface.co and run `hf auth login`"
-        elif Path(path).exists():
+        if Path(path).exists():
             why = one_line(e)
+        elif "gated" in text or "401" in text or "403" in text:
+            why = "the repository is gated: accept its licence on huggingface.co and run `hf auth login`"
         else:
             why = "no such folder here, and the hub could not be reached or has no such model"
         raise BadInput(f"{flag} {path}: cannot load it ({why}).") from None
@@ -406,14 +445,11 @@ def load_tokenizer(path, flag="--model"):
     if tokenizer.eos_token_id is None:
         raise BadInput(f"{flag} {path}: its tokenizer has no EOS token; set one with tokenizer.eos_token and "
                        f"save it.")
+    if isinstance(tokenizer.chat_template, dict):  # several, for tools and the like
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
-    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
-    try:
-        tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")[2]
-    except Exception as e:  # a template is a program of its author's, and can fail in any way
-        raise BadInput(f"{flag} {path}: its chat template fails on a user and an assistant turn "
-                       f"({one_line(e)}).") from None
+    tail = rendered_end(tokenizer, path, flag)
     with loading(path, flag):
         ids = tokenizer(tail.strip(), add_special_tokens=False).input_ids
     added = tokenizer.added_tokens_decoder
@@ -422,6 +458,19 @@ def load_tokenizer(path, flag="--model"):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def rendered_end(tokenizer, path, flag):
+    """What the chat template puts behind an assistant's text; BadInput where it fails or leaves that out."""
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
+    try:
+        before, answer, tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")
+        if not answer:
+            raise ValueError("the assistant's text is not in what it renders")
+    except Exception as e:  # a template is a program of its author's, and can fail in any way
+        raise BadInput(f"{flag} {path}: its chat template fails on a user and an assistant turn "
+                       f"({one_line(e)}).") from None
+    return tail
 
 
 def check_model(path, tokenizer, flag, tokens=0, asked="", head=False):
@@ -540,7 +589,8 @@ def gvm_settings(folder, flag="--value_model"):
     folder = Path(folder)
     try:
         settings = json.loads((folder / "gvm.json").read_text())
-        wrong = [name for name, kind in GVM_SETTINGS.items() if not isinstance(settings[name], kind)]
+        wrong = [name for name, kind in GVM_SETTINGS.items() if not isinstance(settings[name], kind)
+                 or (kind is int and settings[name] < (name == "context"))]
         if wrong:
             raise ValueError(f"gvm.json: wrong {', '.join(wrong)}")
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -951,10 +1001,19 @@ def writing(path):
 
 
 def replace_files(saving, out):
-    """Move a finished folder's files over the old ones; a crash while writing leaves the old ones alone."""
-    for path in sorted(Path(saving).iterdir()):
-        os.replace(path, Path(out) / path.name)
+    """Move a finished folder's files over the old ones; a crash while writing leaves the old ones alone. What
+    else an earlier model left there goes: an old shard or adapter would be read as part of the new one."""
+    new = sorted(Path(saving).iterdir())
+    for path in new:
+        old = Path(out) / path.name
+        if old.is_dir():
+            shutil.rmtree(old)
+        os.replace(path, old)
     Path(saving).rmdir()
+    for pattern in ("*.safetensors", "*.index.json", "adapter_config.json", "gvm.json", "rm.json"):
+        for old in Path(out).glob(pattern):
+            if old.name not in {path.name for path in new}:
+                old.unlink()
 
 
 def save_model(engine, tokenizer, out, base=None, extra=None):
@@ -965,24 +1024,24 @@ def save_model(engine, tokenizer, out, base=None, extra=None):
     """
     state = engine._zero3_consolidated_16bit_state_dict() if engine.zero_optimization_stage() == 3 else None
     if dist.get_rank() == 0:
-        module, saving = engine.module, Path(out) / ".saving"
-        shutil.rmtree(saving, ignore_errors=True)
-        state = {k: v.cpu() for k, v in (state or module.state_dict()).items()}
-        if base is not None:  # merged in a fresh copy, because the weights of the run may be sharded
-            from peft import PeftModel
-            getattr(module, "adapters", module).save_pretrained(
-                saving / "adapter", selected_adapters=["policy"],
-                state_dict={name.removeprefix("adapters."): x for name, x in state.items()})
-            model = pretrained(AutoModelForCausalLM, base, dtype=next(iter(state.values())).dtype)
-            module = PeftModel.from_pretrained(model, saving / "adapter/policy").merge_and_unload()
-            trained = getattr(engine.module, "lm", engine.module)
-            module.generation_config, state = trained.generation_config, module.state_dict()
-            shutil.rmtree(saving / "adapter")
-        if hasattr(module, "peft_config"):
-            for adapter in module.peft_config.values():  # a relative path would fail from another folder
-                if Path(adapter.base_model_name_or_path or "").exists():
-                    adapter.base_model_name_or_path = str(Path(adapter.base_model_name_or_path).resolve())
         with writing(out):
+            module, saving = engine.module, Path(out) / ".saving"
+            shutil.rmtree(saving, ignore_errors=True)
+            state = {k: v.cpu() for k, v in (state or module.state_dict()).items()}
+            if base is not None:  # merged in a fresh copy, because the weights of the run may be sharded
+                from peft import PeftModel
+                getattr(module, "adapters", module).save_pretrained(
+                    saving / "adapter", selected_adapters=["policy"],
+                    state_dict={name.removeprefix("adapters."): x for name, x in state.items()})
+                model = pretrained(AutoModelForCausalLM, base, dtype=next(iter(state.values())).dtype)
+                module = PeftModel.from_pretrained(model, saving / "adapter/policy").merge_and_unload()
+                trained = getattr(engine.module, "lm", engine.module)
+                module.generation_config, state = trained.generation_config, module.state_dict()
+                shutil.rmtree(saving / "adapter")
+            if hasattr(module, "peft_config"):
+                for adapter in module.peft_config.values():  # a relative path would fail from another folder
+                    if Path(adapter.base_model_name_or_path or "").exists():
+                        adapter.base_model_name_or_path = str(Path(adapter.base_model_name_or_path).resolve())
             module.save_pretrained(saving, state_dict=state)
             tokenizer.save_pretrained(saving)
             for name, content in (extra or {}).items():
@@ -1036,12 +1095,18 @@ def keep_steps(path, start):
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] >= start:
-            break
-        kept.append(line)
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):  # without what is cut short
+        try:
+            if json.loads(line)["step"] >= start:
+                break
+        except (ValueError, KeyError, TypeError):
+            if start > 0:
+                raise BadInput(f"{path}:{number}: not a row of this run; take the line out, or choose "
+                               f"another --output_dir.") from None
+            break  # the whole file is replaced
+        kept.append(line + b"\n")
     short = path.with_name(f".{path.name}")
-    short.write_text("".join(kept), encoding="utf-8")
+    short.write_bytes(b"".join(kept))
     os.replace(short, path)
 
 

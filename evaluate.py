@@ -30,7 +30,7 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict, namedtuple
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -39,9 +39,10 @@ import numpy as np
 import torch
 from tqdm import tqdm  # comes with transformers
 
-from common import (answer_ids, chat_ids, collate, cut_pair, generate, init_distributed, keyed_rng, load_gvm,
-                    load_plug, load_policy, load_reward_model, load_tokenizer, parse_args,
-                    responses_that_fit, reward_scores, stage_folder, tokenizer_fingerprint)
+from common import (answer_ids, chat_ids, check_model, collate, command_args, cut_pair, generate,
+                    gvm_settings, init_distributed, keyed_rng, load_gvm, load_plug, load_policy,
+                    load_reward_model, load_tokenizer, responses_that_fit, reward_scores, stage_folder,
+                    tokenizer_fingerprint)
 from data import BadInput, has_policy_names, preference_pair, prompt_text, read_data, read_rows, split_of
 
 
@@ -113,12 +114,13 @@ Gvm = namedtuple("Gvm", "model tokenizer settings device micro_batch")
 def open_gvm(args, device):
     """The value model with its tokenizer and gvm.json, held to the split that it was trained under."""
     folder = stage_folder(args.model, "gvm", args.value_model, "--value_model", "train_gvm.py")
-    model, settings = load_gvm(folder, getattr(torch, args.dtype))
+    settings = gvm_settings(folder)
     if settings["split_seed"] != args.split_seed:
         raise BadInput(f"--split_seed {args.split_seed}: what it holds out was not held out from {folder}, "
                        f"trained under {settings['split_seed']}; give that one.")
     tokenizer = load_tokenizer(folder, "--value_model")
     tokenizer.chat_template = settings["chat_template"]
+    model, _ = load_gvm(folder, getattr(torch, args.dtype))
     return Gvm(model.to(device).eval(), tokenizer, settings, device, args.micro_batch)
 
 
@@ -285,8 +287,10 @@ def compare_with_reference(gvm, rows, pool, reference, args):
 
 
 def evaluate_gvm(args, device):
-    gvm = open_gvm(args, device)
     reference = load_plug(args.reference_fn, "--reference_fn") if args.reference_fn else None
+    if args.unseen_data and not reference:
+        raise BadInput("--unseen_data is compared with --reference_fn: give that, too.")
+    gvm = open_gvm(args, device)
     rows, pairs, pool, left_out = read_held_out(args.data, gvm, args)
     pairs = some(pairs, args.pairs, args.seed)
     if not pairs:
@@ -476,6 +480,13 @@ def evaluate_policy(args, device):
     first, reference = named[0]
     truth = load_plug(args.truth_fn, "--truth_fn") if args.truth_fn else None
     tokenizer = load_tokenizer(reference, "--policies")
+    for _, folder in named:  # before the first of them answers
+        check_model(folder, load_tokenizer(folder, "--policies"), "--policies")
+    if args.reward_model:
+        check_model(args.reward_model, load_tokenizer(args.reward_model, "--reward_model"), "--reward_model",
+                    head=True)
+    if args.value_model:
+        gvm_settings(args.value_model)
     records = {prompt_text(r["prompt"]): r for r in read_data(args.data, args.allow_dropped)}
     rows = [{"prompt": r["prompt"], "group": r["group"], "prompt_ids": chat_ids(tokenizer, r["prompt"])}
             for text, r in records.items() if split_of(text, args.split_seed) == "test"]
@@ -592,28 +603,12 @@ def show(result):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    argv = [word for word in argv if not re.match("--local[-_]rank=", word)]  # the launcher puts it in front
-    if not argv or argv[0] not in COMMANDS:
-        raise BadInput(f"usage: evaluate.py {'|'.join(COMMANDS)} [flags]; `evaluate.py gvm --help` has all.")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput("evaluate.py works on one rank: start it with python, or with deepspeed --num_gpus 1.")
-    args = parse_args(Args, argv[1:])
-    for flag in fields(Args):  # one of another command would silently do nothing
-        owner = flag.metadata["help"].partition(":")[0]
-        if owner in COMMANDS and owner != argv[0] and f"--{flag.name}" in argv:
-            raise BadInput(f"--{flag.name} is a flag of `evaluate.py {owner}`, not of {argv[0]}.")
-    for flag in ("json", "html", "out", "png"):  # an unwritable place shows before the expensive work
-        try:
-            if getattr(args, flag):
-                open(getattr(args, flag), "a").close()
-        except OSError as e:
-            raise BadInput(f"--{flag}: cannot write {e.filename} ({e.strerror}); name another.") from None
-    device = init_distributed()[2] if argv[0] != "plot" else None
-    result = COMMANDS[argv[0]](args, device)
-    if argv[0] != "values":  # which shows texts
+    command, args = command_args(Args, COMMANDS, argv, outputs=("json", "html", "out", "png"))
+    device = init_distributed()[2] if command != "plot" else None
+    result = COMMANDS[command](args, device)
+    if command != "values":  # which shows texts
         show(result)
-    result = {"command": argv[0], "args": vars(args), **result}
+    result = {"command": command, "args": vars(args), **result}
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
 

@@ -49,7 +49,7 @@ class Args:
     lr: float = 2e-5  # peak learning rate of the cosine schedule
     warmup_steps: int = 2  # linear warm-up [optimizer steps]
     epochs: int = 3  # passes over the data
-    max_steps: int = -1  # stop after this many, whatever epochs says; -1: no limit [optimizer steps]
+    max_steps: int = -1  # stop after this many, whatever epochs says; below 1: no limit [optimizer steps]
     batch_size: int = 16  # rows of one optimizer step, over all ranks
     micro_batch: int = 1  # rows of one forward pass on one rank
     max_grad_norm: float = 1.0  # gradient clipping
@@ -145,12 +145,13 @@ def main(args):
     out = output_folder(args, "sft")
     config = ds_config(args.ds_config, args.micro_batch, args.max_grad_norm)
     base = args.base_model or args.model
-    tokenizer = load_tokenizer(base)
-    check_model(base, tokenizer, "--model", args.max_length, f"--max_length {args.max_length}")
+    flag = "--base_model" if args.base_model else "--model"
+    tokenizer = load_tokenizer(base, flag)
+    check_model(base, tokenizer, flag, args.max_length, f"--max_length {args.max_length}")
     train, test = sft_rows(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
-    run = Checkpoints(out, args, (train, test))
+    run = Checkpoints(out, args, (train, test), models=[base])
 
-    model = load_policy(base, tokenizer, dtype_of(config))
+    model = load_policy(base, tokenizer, dtype_of(config), flag)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     # One label in the config: stock transformers then puts one-label value and reward

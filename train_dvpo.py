@@ -48,8 +48,8 @@ from common import (MetricLog, OneBase, all_sum, batch_normalize, chat_ids, chec
                     clip_in_step, collate, cut_pair, ds_config, dtype_of, due, epoch_rows, freeze,
                     gather_rows, generate, gvm_settings, init_distributed, keyed_rng, load_gvm, load_plug,
                     load_policy, load_tokenizer, lora_targets, micro_batches, model_place, output_folder,
-                    parse_args, peak_memory_gb, print0, save_model, seed_everything, set_lr, stage_folder,
-                    step_norm, tokenizer_fingerprint, writing)
+                    parse_args, peak_memory_gb, print0, rendered_end, save_model, seed_everything, set_lr,
+                    stage_folder, step_norm, tokenizer_fingerprint, writing)
 from data import BadInput, prompt_text, read_data, report_drops, split_of
 
 
@@ -434,6 +434,15 @@ def rl_prompts(records, tokenizer, args):
     return train, test
 
 
+def plugged_values(plug, policy, rows, tokenizer, args):
+    """What --value_fn says of each row: 1 + R numbers for a response of R tokens."""
+    found = list(plug(rows, policy, tokenizer))
+    if [len(values) for values in found] != [1 + len(row["response_ids"]) for row in rows]:
+        raise BadInput(f"--value_fn {args.value_fn}: it must return, for each row, one value more than the "
+                       f"response has tokens.")
+    return found
+
+
 def check_batches(args, world):
     if args.temperature <= 0 or args.response_length < 1:
         raise BadInput(f"--temperature {args.temperature:g} must be above 0 (log-probs are taken at it) and "
@@ -462,6 +471,9 @@ def main(args):
     tokenizer = load_tokenizer(sft, "--sft_model")
     check_model(sft, tokenizer, "--sft_model", args.max_prompt_length + args.response_length,
                 f"--max_prompt_length {args.max_prompt_length} + --response_length {args.response_length}")
+    models = [sft]
+    if args.value_fn and args.value_model:
+        raise BadInput("--value_fn and --value_model both give the values: leave one out.")
     if args.value_fn:
         k, settings, plug = 0, {}, load_plug(args.value_fn, "--value_fn")
     else:
@@ -469,13 +481,19 @@ def main(args):
                               f"train_gvm.py --model {args.model}")
         settings = gvm_settings(folder)
         check_model(settings["base_model"], tokenizer, f"base model of --value_model {folder}:")
+        models += [folder, settings["base_model"]]
+        if args.max_prompt_length + args.response_length > settings["context"]:
+            raise BadInput(f"--max_prompt_length {args.max_prompt_length} + --response_length "
+                           f"{args.response_length}: more than the {settings['context']} tokens that "
+                           f"--value_model {folder} can read: lower one.")
         if settings["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
             raise BadInput(f"--value_model {folder}: it was trained with another tokenizer than {sft} has; "
                            f"train a GVM on this SFT model.")
         tokenizer.chat_template, k = settings["chat_template"], settings["k"]
+        rendered_end(tokenizer, folder, "--value_model")
     out = output_folder(args, "dvpo")
     train, test = rl_prompts(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
-    run = Checkpoints(out, args, (train, test))
+    run = Checkpoints(out, args, (train, test), models)
 
     policy = load_policy(sft, tokenizer, dtype_of(config), "--sft_model")
     if args.gradient_checkpointing:
@@ -498,7 +516,7 @@ def main(args):
     frozen = engine if lora else freeze(frozen, config, device)
     reference = functools.partial(frozen, role="reference")
     if args.value_fn:
-        value = lambda policy, rows, tau: plug(rows, policy, tokenizer)
+        value = lambda policy, rows, tau: plugged_values(plug, policy, rows, tokenizer, args)
     else:
         share = not getattr(gvm.config.get_text_config(), "sliding_window", None)
         gvm = functools.partial(frozen, role="gvm") if on_sft else freeze(gvm, config, device)

@@ -73,7 +73,7 @@ class Args:
     # optimisation
     lr: float = 2e-6  # peak learning rate, linear decay to 0
     epochs: int = 1  # passes over the data
-    max_steps: int = -1  # stop after this many, whatever epochs says; -1: no limit [optimizer steps]
+    max_steps: int = -1  # stop after this many, whatever epochs says; below 1: no limit [optimizer steps]
     batch_size: int = 32  # rows of one optimizer step, over all ranks
     micro_batch: int = 2  # rows of one forward pass on one rank
     max_grad_norm: float = 1.0  # gradient clipping
@@ -301,7 +301,12 @@ def main(args):
                        f"drawn: use --k 0.")
     train, pairs = trajectories(records, tokenizer, args)
     pairs = pairs[:args.eval_pairs]
-    run = Checkpoints(out, args, (train, pairs))
+    models = [sft]
+    if args.reward_model:
+        models.append(args.reward_model)
+        check_model(args.reward_model, load_tokenizer(args.reward_model, "--reward_model"), "--reward_model",
+                    args.max_length, f"--max_length {args.max_length}", head=True)
+    run = Checkpoints(out, args, (train, pairs), models)
     reward_map = {"kind": args.reward}
     if args.reward == "score":
         reward_map.update(center=(args.score_max + args.score_min) / 2,

@@ -548,6 +548,8 @@ def adapter(model, task, args, **more):
 def main(args):
     rank, world, device = init_distributed()
     check_batches(args, world)
+    if args.critic_warmup >= args.max_steps:
+        print0(f"warning: --critic_warmup {args.critic_warmup} is all of --max_steps: no policy is trained")
     seed_everything(args.seed)
     sft = stage_folder(args.model, "sft", args.sft_model, "--sft_model", f"sft.py --model {args.model}")
     truth = load_plug(args.truth_fn, "--truth_fn") if args.truth_fn else None
@@ -565,7 +567,7 @@ def main(args):
     check_models(args, sft, rm, tokenizer)
     out = output_folder(args, "ppo")
     train, test = rl_prompts(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
-    run = Checkpoints(out, args, (train, test))
+    run = Checkpoints(out, args, (train, test), {sft, rm, args.critic_model or rm})
 
     build = shared_models if args.share_base else separate_models
     engine, critic, reference, reward_model, engines = build(args, sft, rm, tokenizer, config, device)

@@ -57,7 +57,7 @@ class Args:
     # optimisation
     lr: float = 2e-5  # peak learning rate, linear decay to 0
     epochs: int = 2  # passes over the pairs
-    max_steps: int = -1  # stop after this many, whatever epochs says; -1: no limit [optimizer steps]
+    max_steps: int = -1  # stop after this many, whatever epochs says; below 1: no limit [optimizer steps]
     batch_size: int = 8  # pairs of one optimizer step, over all ranks
     micro_batch: int = 1  # pairs of one forward pass on one rank
     max_grad_norm: float = 1.0  # gradient clipping
@@ -159,7 +159,7 @@ def main(args):
     check_model(sft, tokenizer, "--sft_model", args.max_length, f"--max_length {args.max_length}")
     train, test = preference_rows(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
     test = test[:args.eval_pairs]
-    run = Checkpoints(out, args, (train, test))
+    run = Checkpoints(out, args, (train, test), models=[sft])
 
     model = disable_dropout(load_weights(AutoModelForSequenceClassification, sft, "--sft_model",
                                          new_head=True, num_labels=1, dtype=dtype_of(config)))
@@ -182,6 +182,7 @@ def main(args):
     start, _ = run.resume({"model": engine})
     log = MetricLog(out, show=["loss", "accuracy", "eval/accuracy", "lr", "timing/step_total"], steps=steps,
                     start=start)
+    scores = None
     for step in range(start, steps):
         started = time.time()
         # 1. batch: pairs of this optimizer step, dealt to the ranks
@@ -215,8 +216,10 @@ def main(args):
         log.write(step, row)
         run.after(step, steps)
 
-    if len(test) < 16:  # too few to give the scale; else their scores of the last step do
-        _, scores = held_out(engine, train[:max(200, world)], tokenizer, args, rank, world, device)
+    # The scale is that of the held-out scores of the last step, unless they are too few or were not asked for
+    if len(test) < 16 or scores is None:
+        rows = train[:max(200, world)] if len(test) < 16 else test
+        _, scores = held_out(engine, rows, tokenizer, args, rank, world, device)
     center, scale = float(scores.mean()), float(2 * scores.std() + 1e-8)
     save_model(engine, tokenizer, out, extra={"rm.json": {
         "base_model": model_place(sft), "center": center,

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import checkpoint
@@ -205,6 +207,113 @@ def test_only_the_latest_are_kept(flags, chain, baseline, tmp_path, monkeypatch)
         cut_at(patch, 5)
         run_stage(sft, **run, output_dir=tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step_0000000{i}" for i in (3, 4, 5)]
+
+
+def test_the_last_good_checkpoint_outlives_damaged_ones_that_are_later(flags, chain, baseline, tmp_path, monkeypatch):
+    """Rotation counts good ones: of 2, 4 and 6 the last two are damaged; the run goes on from 2 and keeps what it
+    saves. A folder of another name is none of its business."""
+    run = {**flags_of("sft", flags, chain, baseline, max_steps=7, keep=3), "output_dir": tmp_path}
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        cut_at(patch, 6)
+        run_stage(sft, **run)
+    folder = tmp_path / "checkpoints"
+    for step in (4, 6):
+        damage(folder / f"step_0000000{step}/rank0.json", "cut short")
+    (folder / "step_backup").mkdir()
+    (folder / ".DS_Store").write_text("")
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        cut_at(patch, 4)
+        run_stage(sft, **{**run, "keep": 1, "save_every": 1}, resume=True)
+    assert sorted(path.name for path in folder.glob("step_*")) == ["step_00000004", "step_backup"]
+    run_stage(sft, **run, resume=True)
+    assert len(numbers(tmp_path)) == 7
+
+
+def test_resume_with_another_model_says_so(flags, chain, baseline, tmp_path, monkeypatch):
+    """The reference's weights were replaced between two runs: the run is not the one that was begun."""
+    shutil.copytree(chain.sft, tmp_path / "sft")
+    run = {**flags_of("dvpo", flags, chain, baseline, sft_model=tmp_path / "sft"), "output_dir": tmp_path / "out"}
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        cut_at(patch, 4)
+        run_stage(train_dvpo, **run)
+    tensors = load_file(tmp_path / "sft/model.safetensors")
+    save_file({name: 2 * x for name, x in tensors.items()}, tmp_path / "sft/model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match="content of .*sft"):
+        run_stage(train_dvpo, **run, resume=True)
+
+
+def test_a_refused_run_changes_nothing_of_a_finished_one(flags, chain, baseline, tmp_path):
+    """Not its args.json either; and what is finished is finished under its own flags only."""
+    run = {**flags_of("sft", flags, chain, baseline, max_steps=2), "output_dir": tmp_path / "out"}
+    run_stage(sft, **run)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    with pytest.raises(BadInput, match="--lr: 0.001 then"):
+        run_stage(sft, **{**run, "lr": 5e-4}, resume=True)
+    with pytest.raises(BadInput, match="script: 'sft.py' then"):
+        run_stage(train_rm, **{**flags.rm, "sft_model": chain.sft, "output_dir": tmp_path / "out"}, resume=True)
+    shutil.copytree(run["model"], tmp_path / "broken")
+    (tmp_path / "broken/model.safetensors").write_bytes(b"")
+    with pytest.raises(BadInput, match="cannot load"):
+        run_stage(sft, **{**run, "model": tmp_path / "broken"})
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
+
+
+def test_a_run_that_was_killed_when_it_had_finished(flags, chain, baseline, tmp_path):
+    """Its checkpoints are left, its model is whole: it is finished, and a new run may take the folder."""
+    run = {**flags_of("sft", flags, chain, baseline, max_steps=2), "output_dir": tmp_path}
+    run_stage(sft, **run)
+    (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
+    with pytest.raises(SystemExit) as end:
+        run_stage(sft, **run, resume=True)
+    assert end.value.code == 0
+    run_stage(sft, **run)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_nothing_of_an_earlier_model_is_left_in_the_folder(flags, chain, baseline, tmp_path):
+    """An adapter's or a shard's file would be read as part of the new model."""
+    for name in ("gvm.json", "adapter_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (tmp_path / name).write_text("{}")
+    run_stage(sft, **flags_of("sft", flags, chain, baseline, max_steps=1), output_dir=tmp_path)
+    assert {path.name for path in tmp_path.glob("*.safetensors*")} == {"model.safetensors"}
+    assert not (tmp_path / "gvm.json").exists() and not (tmp_path / "adapter_config.json").exists()
+
+
+def test_a_tokenizer_of_several_templates_is_saved_twice(flags, chain, baseline, tmp_path):
+    model = shutil.copytree(flags.sft["model"], tmp_path / "model")
+    tokenizer = common.load_tokenizer(model)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "rag": "{{ messages }}"}
+    tokenizer.save_pretrained(model)
+    for _ in range(2):
+        run_stage(sft, **flags_of("sft", flags, chain, baseline, max_steps=1, model=model), output_dir=tmp_path / "o")
+    assert isinstance(common.load_tokenizer(tmp_path / "o").chat_template, str)
+
+
+def test_rows_of_the_log_are_lines_not_what_looks_like_one(tmp_path):
+    """U+2028 is text. A foreign line in front of what is kept is named; behind a new run's start it goes."""
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps({"step": i, "text": "a\u2028b\u0085"}, ensure_ascii=False) + "\n"
+                            for i in range(5)) + '{"step"', encoding="utf-8")
+    common.keep_steps(path, 4)
+    assert [json.loads(line)["step"] for line in path.read_bytes().split(b"\n")[:-1]] == [0, 1, 2, 3]
+    path.write_bytes(b'{"step": 0}\n\xff\n{"step": 1}\n')
+    with pytest.raises(BadInput, match="samples.jsonl:2"):
+        common.keep_steps(path, 2)
+    common.keep_steps(path, 0)
+    assert path.read_bytes() == b""
+
+
+def test_a_reward_model_that_is_not_evaluated_has_its_scale_all_the_same(flags, chain, baseline, tmp_path, monkeypatch):
+    run = flags_of("rm", flags, chain, baseline, max_steps=2)
+    for name, every in (("a", 2), ("b", 0)):
+        run_stage(train_rm, **run, eval_every=every, output_dir=tmp_path / name)
+    with_, without = (json.loads((tmp_path / name / "rm.json").read_text()) for name in "ab")
+    assert (with_["center"], with_["scale"]) == (without["center"], without["scale"])
+
+
+def test_only_the_launcher_is_watched():
+    """A run that was started by hand outlives the shell."""
+    assert checkpoint.parents() == []
 
 
 @pytest.mark.parametrize("change", [{"keep": 0}, {"save_every": -1}])

@@ -25,4 +25,6 @@ DEFAULTS = {
                  "micro_batch": 64, "pairs": 300, "reference_fn": "toy.reference:values",
                  "unseen_data": "toy/build/unseen.jsonl", "truth_fn": "toy.exact:true_reward",
                  "max_prompt_length": 32, "response_length": 24},
+    "judge": {"split_seed": SPLIT_SEED, "data": "toy/build/preferences.jsonl", "dtype": "float32",
+              "micro_batch": 64, "response_length": 24},
 }

@@ -1,0 +1,672 @@
+"""Answers in the formats of the field's evaluation tools, and an LLM judge over them.
+
+generate  A policy's answers to a question file, in the format of the tool that the questions belong to:
+          AlpacaEval (instruction), Arena-Hard (uid, prompt), MT-Bench (question_id, turns; the second turn
+          sees the first answer), or to the held-out prompts of --data. What was sampled is kept while it
+          runs: the same command goes on after an interruption.
+judge     Answers of policies against those of one other (Figure 2: win / tie / lose; Tables 1 and 2), by any
+          OpenAI-compatible endpoint or a local model.
+          --mode score   each answer alone gets 0 to 5 points by five additive criteria (the paper's Appendix
+                         D); more points win
+          --mode grade   each answer alone gets 1 to 10, as in MT-Bench; more points win
+          --mode pair    two answers side by side, in both orders; two orders that disagree are a tie
+meta      The judge itself: how often --mode pair agrees with people's labels (rows of input, output_1,
+          output_2 and label 1 or 2).
+
+    python judge.py generate --policy runs/toy/dvpo
+    python judge.py generate --policy runs/Meta-Llama-3-8B/dvpo --questions alpaca_eval.json
+    JUDGE_API_KEY=... python judge.py judge --judge_url https://api.openai.com/v1 --judge_model gpt-4o
+        --answers dvpo=dvpo.json --against sft=sft.json --mode score
+
+Every verdict is kept in --verdicts as soon as it is there: an interrupted run goes on, and the same question
+is never paid for twice. A verdict that cannot be read counts as unread, never as a guess. The key comes from
+JUDGE_API_KEY (or OPENAI_API_KEY) and is written nowhere.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+import zlib
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Optional
+
+import numpy as np
+import torch
+from tqdm import tqdm  # comes with transformers
+
+from common import (chat_ids, check_model, command_args, generate, init_distributed, keyed_rng, load_policy,
+                    load_tokenizer)
+from data import BadInput, one_line, prompt_text, read_data, read_rows, split_of
+from evaluate import accuracy, show, some
+
+
+@dataclass
+class Args:
+    model: str = "toy"  # Hugging Face id or folder; names the run folder
+    policy: str = ""  # generate: folder or hub id, default runs/<model name>/dvpo
+    name: str = ""  # generate: how the answers call it, default the folder's name
+    questions: str = ""  # generate, judge: a tool's question file; default the held-out prompts of --data
+    data: str = "openbmb/UltraFeedback"  # generate: hub id[:split] or a local json, jsonl or parquet file
+    split_seed: int = 0  # generate: seed of the split by prompt; keep it the same in every stage
+    allow_dropped: bool = False  # generate: go on when more than 10 % of the responses had to be dropped
+    prompts: int = 256  # generate: at most this many held-out prompts
+    temperature: Optional[float] = None  # generate: of the sampler, 0 is greedy; default: SAMPLING
+    response_length: int = 1024  # generate, a local judge: at most this many tokens per answer [tokens]
+    micro_batch: int = 8  # generate, a local judge: rows of one forward pass
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights
+    seed: int = 1  # choice of prompts, sampling
+    out: str = ""  # generate: the answers, default runs/<model name>/answers/<name>.<json or jsonl>
+    answers: list[str] = field(default_factory=list)  # judge: name=file of each policy that is judged
+    against: str = ""  # judge: name=file of the answers they are compared with
+    mode: Literal["score", "grade", "pair"] = "score"  # judge: see above
+    labels: str = ""  # meta: rows of input, output_1, output_2 and label
+    judge_url: str = ""  # judge, meta: https://host/v1 of an OpenAI-compatible endpoint; "": a local model
+    judge_model: str = ""  # judge, meta: its name there, or the folder or hub id of a local one
+    judge_tokens: int = 512  # judge, meta: a verdict has at most this many tokens
+    parallel: int = 8  # judge, meta: requests at a time
+    retries: int = 6  # judge, meta: of a request that failed with 429, 5xx or a timeout, after longer waits
+    timeout: float = 120.0  # judge, meta: of one request [seconds]
+    verdicts: str = "verdicts.jsonl"  # judge, meta: where they are kept
+    dry_run: bool = False  # judge, meta: only say how many requests and tokens it would be
+    json: str = ""  # judge, meta: write what is shown to this file
+
+
+# ---- questions and answers ---------------------------------------------------------------------------------
+
+# temperature by MT-Bench's categories, as its own generator has it; greedy for the other tools
+SAMPLING = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+COLUMNS = {"alpaca_eval": {"instruction"}, "arena_hard": {"uid", "prompt"},
+           "mt_bench": {"question_id", "turns"}}
+
+
+def kind_of(row, path):
+    """Whose questions these are."""
+    for kind, columns in COLUMNS.items():
+        if columns <= row.keys():
+            return kind
+    raise BadInput(f"{path}: not a question file of AlpacaEval (instruction), Arena-Hard (uid, prompt) or "
+                   f"MT-Bench (question_id, turns); give one of them.")
+
+
+def read_questions(path):
+    """(kind, questions): id, category, turns (the user's) and the tool's own row of each."""
+    rows = list(read_rows(path))
+    kind, questions = kind_of(rows[0][1], path), []
+    for i, (where, row) in enumerate(rows):
+        if not COLUMNS[kind] <= row.keys():
+            raise BadInput(f"{where}: {', '.join(sorted(COLUMNS[kind] - row.keys()))} is missing; add it.")
+        ident = {"alpaca_eval": i, "arena_hard": row.get("uid"), "mt_bench": row.get("question_id")}[kind]
+        turns = {"alpaca_eval": [row.get("instruction")], "arena_hard": [row.get("prompt")],
+                 "mt_bench": row.get("turns")}[kind]
+        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+            raise BadInput(f"{where}: its question must be text; correct the row.")
+        questions.append({"id": ident, "category": str(row.get("category", "")), "turns": turns, "row": row})
+    if len({question["id"] for question in questions}) < len(questions):
+        raise BadInput(f"{path}: two questions have one id; give each its own.")
+    return kind, questions
+
+
+def held_out_questions(args):
+    """The held-out prompts of --data, as questions of one turn; earlier turns of a chat come before it."""
+    records = {prompt_text(r["prompt"]): r for r in read_data(args.data, args.allow_dropped)}
+    texts = [text for text in records if split_of(text, args.split_seed) == "test"]
+    if not texts:
+        raise BadInput(f"--data {args.data}: no prompt of it is held out; give more data.")
+    return "prompts", [{"id": hashlib.sha256(text.encode()).hexdigest()[:16], "category": "",
+                        "turns": [records[text]["prompt"][-1]["content"]],
+                        "before": records[text]["prompt"][:-1], "row": {}}
+                       for text in some(texts, args.prompts, args.seed)]
+
+
+def markdown_of(text):
+    """What Arena-Hard's style control counts: headers, list items and bold text outside of code blocks."""
+    text = re.sub(r"```.*?(```|\Z)", "", text, flags=re.S)
+    headers = Counter(len(marks) for marks in re.findall(r"^(#{1,6})\s", text, re.M))
+    return {"header_count": {f"h{n}": headers[n] for n in range(1, 7)},
+            "list_count": {"ordered": len(re.findall(r"^\s*\d+\.\s", text, re.M)),
+                           "unordered": len(re.findall(r"^\s*[-*+]\s", text, re.M))},
+            "bold_count": {"**": len(re.findall(r"\*\*[^*\n]+\*\*", text)),
+                           "__": len(re.findall(r"__[^_\n]+__", text))}}
+
+
+def tool_row(kind, question, name, answers, tokens, when):
+    """One answer as the tool reads it. answers, tokens: texts and lengths of the turns; when: seconds."""
+    ident = hashlib.sha256(json.dumps([name, question["id"]]).encode()).hexdigest()[:22]
+    if kind == "alpaca_eval":
+        return {"dataset": question["row"].get("dataset", ""), "instruction": question["turns"][0],
+                "output": answers[0], "generator": name}
+    if kind == "mt_bench":
+        return {"question_id": question["id"], "answer_id": ident, "model_id": name,
+                "choices": [{"index": 0, "turns": answers}], "tstamp": when}
+    messages = [*question.get("before", []), {"role": "user", "content": question["turns"][0]},
+                {"role": "assistant", "content": {"answer": answers[0]}}]
+    return {"uid": question["id"], "ans_id": ident, "model": name, "messages": messages, "tstamp": when,
+            "metadata": {"token_len": tokens[0], **markdown_of(answers[0])}}
+
+
+def answers_of(policy, tokenizer, questions, temperature, context, args, device):
+    """[(texts of the turns, their lengths in tokens, answers that had less room than asked)] of questions,
+    all sampled at one temperature. The noise of an answer depends on its question and turn alone."""
+    chats = [list(question.get("before", [])) for question in questions]
+    texts, lengths, short = [[] for _ in questions], [[] for _ in questions], [0] * len(questions)
+    for turn in range(max(len(question["turns"]) for question in questions)):
+        here = [i for i, question in enumerate(questions) if turn < len(question["turns"])]
+        for i in here:
+            chats[i].append({"role": "user", "content": questions[i]["turns"][turn]})
+        ids = {i: chat_ids(tokenizer, chats[i]) for i in here}
+        room = {i: min(args.response_length, context - len(ids[i])) for i in here}
+        together = [i for i in here if room[i] == args.response_length]
+        alone = [[i] for i in here if 0 < room[i] < args.response_length]
+        found = {i: [] for i in here}  # empty where the prompt alone fills the context
+        for part in [together, *alone]:
+            seeds = [int(keyed_rng(args.seed, zlib.crc32(str(questions[i]["id"]).encode()), turn)
+                         .integers(2**62)) for i in part]
+            if part:
+                found.update(zip(part, generate(policy, [ids[i] for i in part], seeds, room[part[0]],
+                                                temperature, tokenizer, device, batch=args.micro_batch)))
+        for i in here:
+            text = tokenizer.decode(found[i], skip_special_tokens=True).strip()
+            chats[i].append({"role": "assistant", "content": text})
+            texts[i].append(text)
+            lengths[i].append(len(found[i]))
+            short[i] += room[i] < args.response_length
+    return list(zip(texts, lengths, short))
+
+
+def kept_lines(path):
+    """The rows of a jsonl file that is appended to; a last line that was cut short is taken off it."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[:content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    return [row for _, row in read_rows(path)] if whole else []
+
+
+def write_whole(path, text):
+    """The file has its old content or all of the new."""
+    part = path.with_name(f".{path.name}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def generate_answers(args, device):
+    folder = args.policy or str(Path("runs") / Path(args.model).name / "dvpo")
+    name = args.name or Path(folder).name
+    kind, questions = read_questions(args.questions) if args.questions else held_out_questions(args)
+    suffix = "json" if kind == "alpaca_eval" else "jsonl"
+    out = Path(args.out or Path("runs") / Path(args.model).name / "answers" / f"{name}.{suffix}")
+    asked = hashlib.sha256(json.dumps([(q["id"], q["turns"]) for q in questions]).encode()).hexdigest()[:16]
+    settings = {"policy": folder, "name": name, "kind": kind, "questions": asked, "seed": args.seed,
+                "temperature": args.temperature, "response_length": args.response_length, "dtype": args.dtype}
+    partial, record = (out.with_name(f"{out.name}.{part}") for part in ("partial.jsonl", "settings.json"))
+    done = {"settings": settings, "rows": {}}
+    if record.exists():
+        then = json.loads(record.read_text())
+        differ = [key for key in settings if then.get(key) != settings[key]]
+        if differ:
+            raise BadInput(f"--out {out}: begun with other settings ({', '.join(differ)}); delete {record} "
+                           f"and {partial}, or name another file.")
+        done["rows"] = {row["id"]: row for row in kept_lines(partial)}
+        if out.exists() and not partial.exists():
+            print(f"{out}: all {len(questions)} answers are there, nothing is left to do")
+            return {"answers": str(out), "questions": len(questions)}
+    tokenizer = load_tokenizer(folder, "--policy")
+    context = check_model(folder, tokenizer, "--policy")
+    policy = load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policy").to(device).eval()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(record, json.dumps(settings, indent=1))
+    groups = defaultdict(list)
+    for question in questions:
+        if question["id"] not in done["rows"]:
+            own = SAMPLING.get(question["category"], 0.0) if kind == "mt_bench" else 0.0
+            groups[own if args.temperature is None else args.temperature].append(question)
+    with open(partial, "a", encoding="utf-8") as f, tqdm(total=len(questions), initial=len(done["rows"]),
+                                                         desc="answers", disable=None) as bar:
+        for temperature, group in groups.items():
+            for i in range(0, len(group), args.micro_batch):
+                part = group[i:i + args.micro_batch]
+                found = answers_of(policy, tokenizer, part, temperature, context, args, device)
+                for question, (texts, tokens, short) in zip(part, found):
+                    row = {"id": question["id"], "answers": texts, "tokens": tokens, "short": short,
+                           "when": time.time()}
+                    done["rows"][row["id"]] = row
+                    f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                f.flush()
+                bar.update(len(part))
+    rows = [done["rows"][question["id"]] for question in questions]
+    written = [tool_row(kind, q, name, row["answers"], row["tokens"], row["when"])
+               for q, row in zip(questions, rows)]
+    if kind == "mt_bench":  # FastChat's own files are in this order
+        written.sort(key=lambda row: row["question_id"])
+    write_whole(out, json.dumps(written, indent=1, ensure_ascii=False) if kind == "alpaca_eval" else
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
+    partial.unlink()
+    short = sum(row["short"] for row in rows)
+    print(f"{out}: {len(rows)} answers of {name}; {short} of them had less room than --response_length in "
+          f"the context, {sum('' in row['answers'] for row in rows)} are empty")
+    return {"answers": str(out), "questions": len(rows)}
+
+
+def read_answers(path, questions=None):
+    """{id: {"turns": the user's, "answers": texts}} of an answer file of any of the formats. An AlpacaEval
+    answer's id is its instruction. questions: {id: turns}, which MT-Bench's answers do not bring."""
+    found = {}
+    for where, row in read_rows(path):
+        try:
+            if "choices" in row:
+                turns = (questions or {}).get(row["question_id"])
+                if turns is None:
+                    raise BadInput(f"{where}: no question {row['question_id']}; give MT-Bench's question "
+                                   f"file with --questions.")
+                answer = {"id": row["question_id"], "turns": turns, "answers": row["choices"][0]["turns"]}
+            elif "messages" in row:
+                *before, last = row["messages"]
+                content = last["content"]
+                answer = {"id": row["uid"], "turns": ["\n\n".join(m["content"] for m in before)],
+                          "answers": [content["answer"] if isinstance(content, dict) else content]}
+            else:
+                answer = {"id": row["instruction"], "turns": [row["instruction"]], "answers": [row["output"]]}
+            texts = [*answer["turns"], *answer["answers"]]
+            if len(texts) != 2 * len(answer["turns"]) or not all(isinstance(text, str) for text in texts):
+                raise TypeError("not one text for each turn")
+        except (KeyError, IndexError, TypeError, AttributeError) as e:
+            raise BadInput(f"{where}: not an answer of AlpacaEval, Arena-Hard or MT-Bench "
+                           f"({one_line(repr(e))}); correct the row.") from None
+        if answer["id"] in found:
+            raise BadInput(f"{where}: a second answer to {str(answer['id'])[:60]!r}; keep one.")
+        found[answer["id"]] = answer
+    return found
+
+
+# ---- what the judge is asked -------------------------------------------------------------------------------
+
+SCORE = """You grade one response to a user's question. Start at 0 and add one point for each of these that \
+holds, so that the total is a whole number from 0 to 5:
+1. It is about the question and gives some of the information that was asked for.
+2. It covers a good part of what was asked, even if not everything.
+3. It answers the main points of the question in a way that is of use.
+4. It is complete, clearly written and well organised, in the voice of a helpful assistant.
+5. It fits this user and this question exactly, shows real knowledge, and nothing in it is superfluous.
+Give your evidence briefly. End with one line of this form:
+Score: <total> Evaluation evidence: <your evidence>"""
+GRADE = """You grade how good the last answer of an assistant in a conversation is: is it helpful, to the \
+point, correct, deep, and detailed enough? Explain briefly. Then give a whole number from 1 to 10 in double \
+brackets, like this: Rating: [[5]]"""
+PAIR = """You compare the answers that two assistants, A and B, gave to a user. Which one follows the user's \
+instructions better and is more helpful, correct and relevant? Neither the order in which they are shown \
+nor their length nor their names should matter. Explain briefly. Then give your verdict in double brackets: \
+[[A]] if A is better, [[B]] if B is better, [[C]] if they are equally good."""
+
+
+def conversation(turns, answers, judged):
+    """The turns before the last one as a transcript, for a question that has several."""
+    return "".join(f"<earlier question>: {q}\n\n<earlier response>: {a}\n\n"
+                   for q, a in zip(turns[:judged], answers[:judged]))
+
+
+def single_request(mode, answer, turn):
+    """Messages that have the judge grade the answer to one turn."""
+    user = (conversation(answer["turns"], answer["answers"], turn)
+            + f"<Question>: {answer['turns'][turn]}\n\n<response>: {answer['answers'][turn]}")
+    return [{"role": "system", "content": SCORE if mode == "score" else GRADE},
+            {"role": "user", "content": user}]
+
+
+def pair_request(first, second, turn):
+    """Messages that have the judge compare two answers to one turn; `first` is A."""
+    parts = [f"[Question]\n{first['turns'][turn]}"]
+    for name, answer in (("A", first), ("B", second)):
+        before = conversation(answer["turns"], answer["answers"], turn)
+        parts.append(f"[The start of assistant {name}'s answer]\n{before}{answer['answers'][turn]}\n"
+                     f"[The end of assistant {name}'s answer]")
+    return [{"role": "system", "content": PAIR}, {"role": "user", "content": "\n\n".join(parts)}]
+
+
+def verdict(mode, text):
+    """Points of --mode score (0 to 5) and grade (1 to 10), "A", "B" or "C" of --mode pair; None when the text
+    does not say. The last statement counts, because judges think aloud."""
+    pattern = {"score": r"Score:\s*\**\s*(\d+(?:\.\d+)?)", "grade": r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]",
+               "pair": r"\[\[\s*([ABC])\s*\]\]"}[mode]
+    found = re.findall(pattern, text or "")
+    if not found or mode == "pair":
+        return found[-1] if found else None
+    points, (low, high) = float(found[-1]), {"score": (0, 5), "grade": (1, 10)}[mode]
+    return points if low <= points <= high else None
+
+
+# ---- asking it ---------------------------------------------------------------------------------------------
+
+class Failed(Exception):
+    """A request that got no answer in spite of all retries."""
+
+
+class Endpoint:
+    """Any OpenAI-compatible chat endpoint; called with messages, returns the text."""
+
+    def __init__(self, args):
+        from huggingface_hub import InferenceClient, constants
+        constants.HF_HUB_OFFLINE = False  # HF_HUB_OFFLINE=1 is about the hub, and would refuse any endpoint
+        self.key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
+        # a key is always given: the client would send a stored Hugging Face token to any host
+        self.client = InferenceClient(base_url=args.judge_url, api_key=self.key, timeout=args.timeout)
+        self.args = args
+
+    def __call__(self, messages):
+        from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
+        for attempt in range(self.args.retries + 1):
+            wait = min(60, 2 ** attempt)
+            try:
+                found = self.client.chat_completion(messages, model=self.args.judge_model, temperature=0.0,
+                                                    max_tokens=self.args.judge_tokens)
+                return found.choices[0].message.content or ""
+            except HfHubHTTPError as e:
+                status = e.response.status_code
+                if status in (401, 403, 404):
+                    raise BadInput(f"--judge_url {self.args.judge_url}: status {status} "
+                                   f"({self.without_key(e)}): check the address, --judge_model and "
+                                   f"JUDGE_API_KEY.") from None
+                if status != 429 and status < 500:  # this question, and asking again would not help
+                    raise Failed(self.without_key(e)) from None
+                asked = e.response.headers.get("retry-after", "")
+                wait, last = float(asked) if asked.isdigit() else wait, self.without_key(e)
+            except (InferenceTimeoutError, OSError) as e:
+                last = self.without_key(e)
+            except Exception as e:  # no JSON, no choices: no such endpoint, or an overloaded one
+                last = self.without_key(e)
+            if attempt < self.args.retries:
+                time.sleep(min(wait, 60))
+        raise Failed(last)
+
+    def without_key(self, error):
+        return one_line(error).replace(self.key, "***")
+
+
+def ask_local(todo, args, keep):
+    """All of todo, {key: messages}, by a model on this machine, greedily; keep(key, text) for each."""
+    device = init_distributed()[2]
+    tokenizer = load_tokenizer(args.judge_model, "--judge_model")
+    context = check_model(args.judge_model, tokenizer, "--judge_model")
+    model = load_policy(args.judge_model, tokenizer, getattr(torch, args.dtype), "--judge_model").to(device)
+    keys, too_long = [], 0
+    ids = {}
+    for key, (system, user) in todo.items():  # many templates have no system turn
+        ids[key] = chat_ids(tokenizer, [{"role": "user",
+                                         "content": f"{system['content']}\n\n{user['content']}"}])
+        fits = len(ids[key]) + args.judge_tokens <= context
+        keys += [key] * fits
+        too_long += not fits
+    keys.sort(key=lambda key: len(ids[key]))  # rows of one batch are of one length
+    for i in tqdm(range(0, len(keys), args.micro_batch), "verdicts", disable=None):
+        part = keys[i:i + args.micro_batch]
+        for key, found in zip(part, generate(model, [ids[key] for key in part], [0] * len(part),
+                                             args.judge_tokens, 0.0, tokenizer, device,
+                                             batch=args.micro_batch)):
+            keep(key, tokenizer.decode(found, skip_special_tokens=True))
+    return {f"longer than the judge's context of {context} tokens": too_long} if too_long else {}
+
+
+def ask_endpoint(todo, ask, parallel, keep):
+    """All of todo, {key: messages}, `parallel` at a time; keep(key, text) as each comes back. Returns
+    {reason: number} of those that failed."""
+    failed = Counter()
+    with ThreadPoolExecutor(parallel) as pool:
+        waiting = {pool.submit(ask, messages): key for key, messages in todo.items()}
+        try:
+            for future in tqdm(as_completed(waiting), "verdicts", len(waiting), disable=None):
+                try:
+                    keep(waiting[future], future.result())
+                except Failed as e:
+                    failed[str(e)] += 1
+        except BaseException:  # Ctrl-C, a wrong key: what is under way is not waited for in vain
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+def key_of(messages, args):
+    """What makes two requests the same one."""
+    return hashlib.sha256(json.dumps([args.judge_url, args.judge_model, args.judge_tokens, messages])
+                          .encode()).hexdigest()[:32]
+
+
+def ask_all(requests, args, ask=None):
+    """The judge's texts on all requests, {key: text}, from --verdicts or asked now, and {reason: number} of
+    those that failed. requests: {key: messages};  ask: function messages -> text in place of the endpoint"""
+    path = Path(args.verdicts)
+    texts = {row["key"]: row["text"] for row in kept_lines(path) if row["key"] in requests}
+    todo = {key: messages for key, messages in requests.items() if key not in texts}
+    letters = sum(len(m["content"]) for messages in todo.values() for m in messages)
+    print(f"{len(requests)} requests, {len(requests) - len(todo)} of them answered in {path}; {len(todo)} to "
+          f"ask: about {letters // 4} tokens to read and at most {len(todo) * args.judge_tokens} to write")
+    if args.dry_run or not todo:
+        return texts, Counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as f:
+        def keep(key, text):
+            texts[key] = text
+            row = {"key": key, "judge": args.judge_model, "text": text}
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+            f.flush()
+        if ask or args.judge_url:
+            failed = ask_endpoint(todo, ask or Endpoint(args), args.parallel, keep)
+        else:
+            failed = ask_local(todo, args, keep)
+    for reason, count in failed.items():
+        print(f"warning: {count} requests failed ({reason}); the same command asks them again")
+    return texts, failed
+
+
+# ---- statistics --------------------------------------------------------------------------------------------
+
+def length_controlled(outcome, ours, theirs, groups, draws=200):
+    """Win rate at equal length, in the spirit of AlpacaEval 2; 95 % interval by bootstrap over groups.
+
+    P(win) = sigmoid(a + b tanh(d / s)),  d = characters of our answer less theirs, s = root mean square of d
+    returns sigmoid(a), where the lengths are equal, in {"win_rate", "low", "high", "length_coefficient": b}
+
+    a and b maximize the likelihood of the outcomes (1, 0, and 1/2 for a tie) less b^2 / 2, which keeps b
+    finite where length explains everything. AlpacaEval also has a difficulty for each of its instructions,
+    from a table; here questions are not told apart. Swapping the policies gives -a and b: the mirror image.
+    """
+    y, d = np.asarray(outcome, float), np.asarray(ours, float) - np.asarray(theirs, float)
+    x = np.tanh(d / max(np.sqrt(np.mean(d ** 2)), 1e-9))
+    _, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    n = index.max() + 1
+    picks = keyed_rng(0).integers(n, size=(draws, n))
+    weights = np.stack([np.ones(n), *[np.bincount(pick, minlength=n) for pick in picks]])[:, index]
+    a, b = np.zeros((2, 1 + draws))
+    for _ in range(30):  # Newton's method, all draws at once; 1e-6: also with wins only
+        p = 1 / (1 + np.exp(-(a[:, None] + b[:, None] * x)))
+        ga, gb = (weights * (y - p)).sum(1) - 1e-6 * a, (weights * (y - p) * x).sum(1) - b
+        v = weights * p * (1 - p)
+        haa, hab, hbb = v.sum(1) + 1e-6, (v * x).sum(1), (v * x * x).sum(1) + 1
+        det = haa * hbb - hab ** 2
+        step_a, step_b = (hbb * ga - hab * gb) / det, (haa * gb - hab * ga) / det
+        a, b = a + np.clip(step_a, -2, 2), b + np.clip(step_b, -2, 2)
+    rates = 1 / (1 + np.exp(-a))
+    low, high = np.percentile(rates[1:], [2.5, 97.5])
+    return {"win_rate": float(rates[0]), "low": float(low), "high": float(high),
+            "length_coefficient": float(b[0])}
+
+
+def mean_of(values):
+    return float(np.mean(values)) if len(values) else None
+
+
+def compare(outcome, ours, theirs, groups):
+    """What is said of one policy against another.
+
+    outcome: [N] 1 win, 1/2 tie, 0 lose;  ours, theirs: [N] characters of the answers;  groups: [N] questions
+    """
+    outcome, ours, theirs = (np.asarray(x, float) for x in (outcome, ours, theirs))
+    if not len(outcome):
+        return {"n": 0}
+    rate = accuracy(outcome, groups)
+    differ = ours != theirs
+    longer_wins = np.where(ours > theirs, outcome, 1 - outcome)[differ]
+    return {"n": len(outcome), "win": float(np.mean(outcome == 1)), "tie": float(np.mean(outcome == 0.5)),
+            "lose": float(np.mean(outcome == 0)), "win_rate": rate["accuracy"], "low": rate["low"],
+            "high": rate["high"], "length_controlled": length_controlled(outcome, ours, theirs, groups),
+            "characters": {"ours": float(ours.mean()), "theirs": float(theirs.mean())},
+            "longer_wins": mean_of(longer_wins)}
+
+
+def of_both_orders(first, second):
+    """Outcome of a pair for the answer that was A in the first order and B in the second; None when a verdict
+    is missing. Orders that disagree are a tie."""
+    if first is None or second is None:
+        return None
+    return {("A", "B"): 1.0, ("B", "A"): 0.0}.get((first, second), 0.5)
+
+
+def position_bias(pairs):
+    """Of [(verdict, verdict with the answers swapped)]: share of decided verdicts for the first answer, 1/2
+    for a judge that does not look at the order, and share of pairs whose two orders agree."""
+    decided = [v for pair in pairs for v in pair if v in ("A", "B")]
+    agree = [pair in (("A", "B"), ("B", "A"), ("C", "C")) for pair in pairs]
+    return {"first_wins": mean_of([v == "A" for v in decided]), "orders_agree": mean_of(agree)}
+
+
+# ---- commands ----------------------------------------------------------------------------------------------
+
+def check_judge(args):
+    if not args.judge_model:
+        raise BadInput("--judge_model: name the judge, a model of --judge_url or a local folder or hub id.")
+    if args.parallel < 1 or args.retries < 0 or args.timeout <= 0 or args.judge_tokens < 1:
+        raise BadInput("--parallel, --timeout and --judge_tokens must be above 0 and --retries not below.")
+
+
+def named_file(flag, spec):
+    name, _, path = spec.partition("=")
+    if not name or not path:
+        raise BadInput(f"{flag} {spec!r}: expected name=file, as in dvpo=runs/toy/answers/dvpo.jsonl.")
+    return name, path
+
+
+def judge_answers(args, ask=None):
+    check_judge(args)
+    named = [named_file("--answers", spec) for spec in args.answers]
+    other = named_file("--against", args.against) if args.against else None
+    if not named or (other is None and args.mode == "pair"):
+        raise BadInput("--answers name=file says what is judged, and --against name=file with what --mode "
+                       "pair compares it: give both.")
+    names = [name for name, _ in [*named, *([other] if other else [])]]
+    if len(set(names)) < len(names):
+        raise BadInput("--answers, --against: two of them have one name; give each its own.")
+    questions = ({q["id"]: q["turns"] for q in read_questions(args.questions)[1]} if args.questions else None)
+    answers = {name: read_answers(path, questions) for name, path in [*named, *([other] if other else [])]}
+    shared = set.intersection(*map(set, answers.values()))
+    left_out = {name: len(found) - len(shared) for name, found in answers.items() if len(found) > len(shared)}
+    if not shared:
+        raise BadInput("--answers, --against: the files have no question in common; judge answers to the "
+                       "same questions.")
+    if left_out:
+        print(f"warning: answers to questions that not all files have are left out: {left_out}")
+    ids = sorted(shared, key=str)
+    slots = [(i, turn) for i in ids for turn in range(len(answers[names[0]][i]["turns"]))]
+
+    keys, requests = {}, {}
+    for i, turn in slots:
+        for name in names:
+            if args.mode != "pair":
+                wanted = {(name, i, turn): single_request(args.mode, answers[name][i], turn)}
+            elif name != other[0]:
+                ours, theirs = answers[name][i], answers[other[0]][i]
+                wanted = {(name, i, turn, 0): pair_request(ours, theirs, turn),
+                          (name, i, turn, 1): pair_request(theirs, ours, turn)}
+            else:
+                continue
+            for slot, messages in wanted.items():
+                keys[slot] = key_of(messages, args)
+                requests[keys[slot]] = messages
+    texts, failed = ask_all(requests, args, ask)
+    if args.dry_run:
+        return {"requests": len(requests), "to_ask": len(requests) - len(texts)}
+    said = {slot: verdict(args.mode, texts.get(key)) for slot, key in keys.items()}
+    unread = sum(said[slot] is None and key in texts for slot, key in keys.items())
+    result = {"judge": args.judge_model, "mode": args.mode, "requests": len(requests),
+              "failed": sum(failed.values()), "unread": unread, "policies": {}}
+    for name in names:
+        if other and name == other[0] and args.mode == "pair":
+            continue
+        report = result["policies"][name] = {}
+        if args.mode != "pair":
+            points = [said[name, i, turn] for i, turn in slots]
+            report["points"] = mean_of([p for p in points if p is not None])
+        if other is None or name == other[0]:
+            continue
+        rows = []
+        for i, turn in slots:
+            if args.mode == "pair":
+                outcome = of_both_orders(said[name, i, turn, 0], said[name, i, turn, 1])
+            else:
+                ours, theirs = said[name, i, turn], said[other[0], i, turn]
+                outcome = None if None in (ours, theirs) else (1 + np.sign(ours - theirs)) / 2
+            if outcome is not None:
+                rows.append((outcome, *(len(answers[n][i]["answers"][turn]) for n in (name, other[0])), i))
+        report["against"] = other[0]
+        report.update(compare(*zip(*rows)) if rows else {"n": 0})
+        report["left_out"] = len(slots) - len(rows)
+        if args.mode == "pair":
+            report["position"] = position_bias([(said[name, i, turn, 0], said[name, i, turn, 1])
+                                                for i, turn in slots])
+    return result
+
+
+def judge_the_judge(args, ask=None):
+    """Agreement with people's labels; a tie, or orders that disagree, count half."""
+    check_judge(args)
+    if not args.labels:
+        raise BadInput("--labels: name a file with rows of input, output_1, output_2 and label.")
+    rows, keys, requests = [], {}, {}
+    for where, row in read_rows(args.labels):
+        texts = [row.get(name) for name in ("input", "output_1", "output_2")]
+        if not all(isinstance(text, str) for text in texts) or row.get("label") not in (1, 2):
+            raise BadInput(f"{where}: needs texts input, output_1, output_2 and label 1 or 2; correct the "
+                           f"row.")
+        good, bad = (texts[row["label"]], texts[3 - row["label"]])
+        rows.append({"source": str(row.get("source", "")), "input": texts[0], "good": good, "bad": bad})
+    for n, row in enumerate(rows):
+        sides = [{"turns": [row["input"]], "answers": [row[side]]} for side in ("good", "bad")]
+        for order, pair in enumerate((sides, sides[::-1])):
+            messages = pair_request(*pair, 0)
+            keys[n, order] = key_of(messages, args)
+            requests[keys[n, order]] = messages
+    texts, failed = ask_all(requests, args, ask)
+    if args.dry_run:
+        return {"requests": len(requests), "to_ask": len(requests) - len(texts)}
+    said = [[verdict("pair", texts.get(keys[n, order])) for order in (0, 1)] for n in range(len(rows))]
+    outcomes = [of_both_orders(*pair) for pair in said]
+    result = {"judge": args.judge_model, "pairs": len(rows), "failed": sum(failed.values()),
+              "unread": sum(v is None and keys[n, order] in texts for n, pair in enumerate(said)
+                            for order, v in enumerate(pair)),
+              "position": position_bias([tuple(pair) for pair in said]), "agreement": {}}
+    for source in ["all", *sorted({row["source"] for row in rows})]:
+        kept = [(outcome, row["input"]) for outcome, row in zip(outcomes, rows)
+                if outcome is not None and source in ("all", row["source"])]
+        result["agreement"][source] = {"n": len(kept), **(accuracy(*zip(*kept)) if kept else {})}
+    return result
+
+
+COMMANDS = {"generate": lambda args: generate_answers(args, init_distributed()[2]), "judge": judge_answers,
+            "meta": judge_the_judge}
+
+
+def main(argv=None):
+    command, args = command_args(Args, COMMANDS, argv, outputs=("json",))
+    result = COMMANDS[command](args)
+    show(result)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"command": command, "args": vars(args), **result}, indent=1,
+                                              ensure_ascii=False), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

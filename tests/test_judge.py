@@ -1,0 +1,396 @@
+"""judge.py: files in the tools' formats, a judge that is scripted, and statistics against known truths."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from huggingface_hub import constants
+
+import judge
+from data import BadInput, split_of
+from conftest import feedback_rows, write_jsonl
+
+KEY = "sk-secret-0123456789"
+
+
+# ---- question files, in the shapes of the tools' own ----
+
+ALPACA = [{"dataset": "d", "instruction": f"is thing{i} red ?", "output": "no .", "generator": "base"}
+          for i in range(7)]
+ARENA = [{"uid": f"u{i}", "category": "arena-hard-v0.1", "cluster": "c", "prompt": f"is thing{i} blue ?"}
+         for i in range(5)]
+MT = [{"question_id": 81 + i, "category": category, "turns": [f"is thing{i} red ?", "is it not blue ?"]}
+      for i, category in enumerate(("writing", "math", "stem"))]
+QUESTIONS = {"alpaca_eval": ALPACA, "arena_hard": ARENA, "mt_bench": MT}
+
+
+def question_file(kind, folder):
+    if kind == "alpaca_eval":
+        (folder / "questions.json").write_text(json.dumps(ALPACA))
+        return folder / "questions.json"
+    return Path(write_jsonl(folder / "questions.jsonl", QUESTIONS[kind]))
+
+
+def generate_to(out, kind, folder, model, *more):
+    judge.main([str(word) for word in ("generate", "--policy", model, "--name", "ours", "--questions",
+                                       question_file(kind, folder), "--out", out, "--dtype", "float32",
+                                       "--response_length", 8, "--micro_batch", 2, *more)])
+    return json.loads(out.read_text()) if kind == "alpaca_eval" else list(map(json.loads, out.open()))
+
+
+def types_of(value):
+    """The nested names and types of a JSON value; of a list those of its first element."""
+    if isinstance(value, dict):
+        return {name: types_of(part) for name, part in value.items()}
+    return [types_of(value[0])] if isinstance(value, list) else type(value)
+
+
+COUNTS = {"header_count": {f"h{i}": int for i in range(1, 7)}, "list_count": {"ordered": int, "unordered": int},
+          "bold_count": {"**": int, "__": int}}
+SCHEMAS = {
+    "alpaca_eval": {"dataset": str, "instruction": str, "output": str, "generator": str},
+    "arena_hard": {"uid": str, "ans_id": str, "model": str, "messages": [{"role": str, "content": str}],
+                   "tstamp": float, "metadata": {"token_len": int, **COUNTS}},
+    "mt_bench": {"question_id": int, "answer_id": str, "model_id": str,
+                 "choices": [{"index": int, "turns": [str]}], "tstamp": float}}
+
+
+@pytest.mark.parametrize("kind", list(QUESTIONS))
+def test_answers_have_the_tools_format(kind, chain, tmp_path):
+    """Every question, in order, its text verbatim, every field of the tool's own files and no other."""
+    rows = generate_to(tmp_path / f"out.json{'' if kind == 'alpaca_eval' else 'l'}", kind, tmp_path, chain.sft)
+    assert [types_of(row) for row in rows] == [SCHEMAS[kind]] * len(QUESTIONS[kind])
+    if kind == "alpaca_eval":
+        assert [row["instruction"] for row in rows] == [row["instruction"] for row in ALPACA]
+        assert {row["generator"] for row in rows} == {"ours"}
+    elif kind == "arena_hard":
+        assert [(row["uid"], row["messages"][0]["content"]) for row in rows] == [
+            (row["uid"], row["prompt"]) for row in ARENA]
+        assert all(row["messages"][1]["role"] == "assistant" and isinstance(
+            row["messages"][1]["content"]["answer"], str) for row in rows)
+    else:
+        assert [row["question_id"] for row in rows] == [81, 82, 83]
+        assert all(len(row["choices"][0]["turns"]) == 2 for row in rows)
+    settings = json.loads(next(tmp_path.glob("out.*settings.json")).read_text())
+    assert settings["response_length"] == 8 and settings["kind"] == kind and not list(tmp_path.glob("*partial*"))
+
+
+def test_held_out_prompts_are_questions_too(chain, data, tmp_path):
+    judge.main(["generate", "--policy", str(chain.sft), "--data", data, "--split_seed", "0", "--out",
+                str(tmp_path / "out.jsonl"), "--dtype", "float32", "--response_length", "8"])
+    asked = {row["messages"][0]["content"] for row in map(json.loads, (tmp_path / "out.jsonl").open())}
+    held_out = {row["instruction"] for row in feedback_rows() if split_of(row["instruction"], 0) == "test"}
+    assert asked == held_out != set()
+
+
+def test_the_second_turn_sees_the_first_answer_and_categories_their_temperature(chain, tmp_path, monkeypatch):
+    """MT-Bench: 0.7 for writing, greedy for math, 0.1 for stem."""
+    seen, real = [], judge.generate
+
+    def noting(policy, prompts, seeds, length, temperature, tokenizer, *args, **kwargs):
+        answers = real(policy, prompts, seeds, length, temperature, tokenizer, *args, **kwargs)
+        seen.extend((temperature, tokenizer.decode(p), tokenizer.decode(a, skip_special_tokens=True).strip())
+                    for p, a in zip(prompts, answers))
+        return answers
+    monkeypatch.setattr(judge, "generate", noting)
+    rows = generate_to(tmp_path / "out.jsonl", "mt_bench", tmp_path, chain.sft)
+    assert sorted({temperature for temperature, _, _ in seen}) == [0.0, 0.1, 0.7] and len(seen) == 6
+    for question, row in zip(MT, rows):
+        first, second = row["choices"][0]["turns"]
+        prompts = [prompt for _, prompt, answer in seen if question["turns"][0] in prompt and answer == second]
+        assert any(first in prompt and question["turns"][1] in prompt for prompt in prompts)
+
+
+def test_interrupted_answers_go_on(chain, tmp_path, monkeypatch):
+    """Cut in the middle, a half line at the end: the same command gives the file of a straight run, and asks
+    for nothing twice. Other settings are refused."""
+    (tmp_path / "a").mkdir()
+    straight = generate_to(tmp_path / "a/out.json", "alpaca_eval", tmp_path, chain.sft, "--temperature", 1)
+    real, calls = judge.generate, []
+
+    def cut(policy, prompts, *args, **kwargs):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(policy, prompts, *args, **kwargs)
+    monkeypatch.setattr(judge, "generate", cut)
+    again = lambda *more: generate_to(tmp_path / "out.json", "alpaca_eval", tmp_path, chain.sft, "--temperature",
+                                      1, *more)
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    with open(tmp_path / "out.json.partial.jsonl", "a") as f:
+        f.write('{"id": ')
+    with pytest.raises(BadInput, match="other settings .seed"):
+        again("--seed", 2)
+    assert again() == straight and sum(calls) == 7 + 2  # the batch that was cut is sampled again
+    again()
+    assert sum(calls) == 9
+
+
+def test_a_prompt_that_fills_the_context(chain, tmp_path, capsys):
+    """It still has its row, because the tools want every question, and is counted."""
+    rows = [{"instruction": "is it red ? " * 60}, {"instruction": "is it red ? " * 30}, {"instruction": "is it ?"}]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    judge.main(["generate", "--policy", str(chain.sft), "--questions", str(tmp_path / "q.json"), "--out",
+                str(tmp_path / "o.json"), "--dtype", "float32", "--response_length", "10"])
+    answers = json.loads((tmp_path / "o.json").read_text())
+    assert [row["instruction"] for row in answers] == [row["instruction"] for row in rows]
+    assert answers[0]["output"] == "" and "2 of them had less room" in capsys.readouterr().out
+
+
+# ---- a scripted endpoint ----
+
+class Server:
+    """An OpenAI-compatible endpoint. `script(number of the call, messages)` gives a text, a status, or seconds
+    to wait before an answer."""
+
+    def __init__(self, script):
+        server = self
+        self.calls, self.headers, self.lock = [], [], threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with server.lock:
+                    server.calls.append(body)
+                    server.headers.append(self.headers["Authorization"])
+                    said = script(len(server.calls), body["messages"])
+                if isinstance(said, float):
+                    time.sleep(said)
+                    said = "late [[A]]"
+                status, text = (said, f"error for {KEY}") if isinstance(said, int) else (200, said)
+                content = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [
+                    {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+                    "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
+                reply = json.dumps(content if status == 200 else {"error": {"message": text}}).encode()
+                try:
+                    self.send_response(status)
+                    self.send_header("Content-Type", "application/json")
+                    self.send_header("Content-Length", str(len(reply)))
+                    self.end_headers()
+                    self.wfile.write(reply)
+                except OSError:  # the client did not wait
+                    pass
+
+            def log_message(self, *args):
+                pass
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def make(script):
+        servers.append(Server(script))
+        return servers[-1]
+    yield make
+    for server in servers:
+        server.http.shutdown()
+
+
+def alpaca(path, name, texts):
+    path.write_text(json.dumps([{"instruction": f"question {i}", "output": text, "generator": name}
+                                for i, text in enumerate(texts)]))
+    return f"{name}={path}"
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JUDGE_API_KEY", KEY)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(judge, "time", SimpleNamespace(time=time.time, sleep=lambda seconds: None))
+    return [alpaca(tmp_path / "a.json", "ours", [f"good {i}" for i in range(6)]),
+            alpaca(tmp_path / "b.json", "theirs", [f"bad {i}" for i in range(6)])]
+
+
+def ask(server, files, *more, mode="pair"):
+    judge.main(["judge", "--answers", files[0], "--against", files[1], "--mode", mode, "--judge_url", server.url,
+                "--judge_model", "m", "--json", "result.json", *map(str, more)])
+    return json.loads(Path("result.json").read_text())
+
+
+def likes_good(number, messages):
+    """[[A]] or [[B]], whichever is good."""
+    first, second = messages[-1]["content"].index("good"), messages[-1]["content"].index("bad")
+    return "[[A]]" if first < second else "[[B]]"
+
+
+def test_all_answers_are_good(files, serve):
+    server = serve(likes_good)
+    result = ask(server, files)["policies"]["ours"]
+    assert (result["win_rate"], result["low"], result["high"], result["n"]) == (1.0, 1.0, 1.0, 6)
+    assert result["position"] == {"first_wins": 0.5, "orders_agree": 1.0} and len(server.calls) == 12
+    assert set(server.headers) == {f"Bearer {KEY}"} and server.calls[0]["temperature"] == 0
+
+
+def test_unparsable_slow_429_and_500(files, serve, tmp_path, capsys):
+    """Retried where that helps, counted apart where not, nothing guessed, nothing asked twice, the key nowhere."""
+    def script(number, messages):
+        content = messages[-1]["content"]
+        if number in (1, 4):
+            return 429
+        if number in (2, 6, 7):
+            return 500
+        if number == 9:
+            return 3.0  # longer than --timeout
+        if "question 1" in content:
+            return "I cannot decide."
+        if "question 2" in content:
+            return 400
+        return likes_good(number, messages)
+    server = serve(script)
+    result = ask(server, files, "--timeout", 1.5, "--parallel", 1)
+    ours = result["policies"]["ours"]
+    assert (result["requests"], result["unread"], result["failed"]) == (12, 2, 2)
+    assert (ours["n"], ours["left_out"], ours["win_rate"]) == (4, 2, 1.0)
+    assert len(server.calls) == 12 + 6  # the six that were asked again
+    before, text = len(server.calls), capsys.readouterr().out
+    assert KEY not in text and "2 requests failed" in text and "***" in text
+    assert not any(KEY in path.read_text() for path in tmp_path.iterdir())
+    again = ask(server, files)
+    assert len(server.calls) == before + 2 and again["policies"] == result["policies"]  # the two 400 only
+
+
+def test_nothing_is_lost_or_asked_twice_after_a_kill(files, serve, monkeypatch):
+    server, seen = serve(likes_good), []
+    straight = judge.ask_endpoint
+
+    def dies(todo, ask, parallel, keep):
+        def keep_and_die(key, text):
+            keep(key, text)
+            seen.append(key)
+            if len(seen) == 5:
+                raise KeyboardInterrupt
+        return straight(todo, ask, parallel, keep_and_die)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(judge, "ask_endpoint", dies)
+        ask(server, files, "--parallel", 1)
+    with open("verdicts.jsonl", "a") as f:
+        f.write('{"key": "cut sh')
+    asked = len(server.calls)
+    assert ask(server, files, "--parallel", 1)["policies"]["ours"]["n"] == 6
+    assert len(server.calls) - asked == 12 - 5
+    ask(server, files)
+    assert len(server.calls) - asked == 12 - 5
+
+
+def test_a_dry_run_asks_nothing(files, serve, capsys):
+    server = serve(likes_good)
+    assert ask(server, files, "--dry_run", True)["to_ask"] == 12
+    assert not server.calls and "12 to ask: about" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_wrong_key_ends_at_once(files, serve):
+    server = serve(lambda *args: 401)
+    with pytest.raises(BadInput, match="JUDGE_API_KEY") as end:
+        ask(server, files, "--parallel", 1)
+    assert KEY not in str(end.value) and len(server.calls) <= 2
+
+
+def test_points_of_single_answers(files, serve):
+    """5 for good, 2 for bad, 4 for both of question 3: five wins and a tie."""
+    def script(number, messages):
+        content = messages[-1]["content"]
+        return f"Score: {4 if 'question 3' in content else 5 if 'good' in content else 2} Evaluation evidence: x"
+    result = ask(serve(script), files, mode="score")
+    ours, theirs = (result["policies"][name] for name in ("ours", "theirs"))
+    assert (ours["win"], ours["tie"], ours["lose"]) == (5 / 6, 1 / 6, 0.0) and ours["win_rate"] == 5.5 / 6
+    assert ours["points"] == 29 / 6 and theirs["points"] == 14 / 6 and result["requests"] == 12
+
+
+def test_a_local_model_as_judge(files, chain, tmp_path):
+    """It says nothing that can be read, which is counted; the requests do not fit its context, which is said."""
+    judge.main(["judge", "--answers", files[0], "--against", files[1], "--mode", "pair", "--judge_model",
+                str(chain.sft), "--judge_tokens", "4", "--dtype", "float32", "--json", "result.json"])
+    result = json.loads(Path("result.json").read_text())
+    assert result["unread"] + result["failed"] == 12 and result["policies"]["ours"]["n"] == 0
+
+
+@pytest.mark.parametrize("mode, text, wanted", [
+    ("score", "Score: 4 Evaluation evidence: fine", 4), ("score", "Score: 3\n... Score: **5** Evaluation", 5),
+    ("score", "Score: 6", None), ("score", "four of five", None), ("score", "", None), ("score", None, None),
+    ("grade", "Rating: [[7]]", 7), ("grade", "[[7.5]] no, [[8]]", 8), ("grade", "[[0]]", None), ("grade", "7", None),
+    ("pair", "[[A]] at first, but [[B]]", "B"), ("pair", "[[C]]", "C"), ("pair", "A is better", None),
+    ("pair", "[[D]]", None)])
+def test_verdicts_are_read_or_none(mode, text, wanted):
+    assert judge.verdict(mode, text) == wanted
+
+
+# ---- statistics ----
+
+def test_an_oracle_and_a_judge_that_takes_the_first(tmp_path, monkeypatch):
+    """Against labels: 100 %, and 50 % because its two orders always disagree."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"input": f"q{i}", "output_1": f"good {i}" if i % 3 else f"bad {i}",
+             "output_2": f"bad {i}" if i % 3 else f"good {i}", "label": 1 if i % 3 else 2, "source": f"s{i % 2}"}
+            for i in range(20)]
+    args = lambda name: judge.Args(labels=write_jsonl(tmp_path / "labels.jsonl", rows), judge_model=name,
+                                   verdicts=f"{name}.jsonl")
+    oracle = judge.judge_the_judge(args("oracle"), ask=lambda messages: likes_good(0, messages))
+    assert {name: part["accuracy"] for name, part in oracle["agreement"].items()} == {"all": 1, "s0": 1, "s1": 1}
+    first = judge.judge_the_judge(args("first"), ask=lambda messages: "[[A]]")
+    assert first["agreement"]["all"]["accuracy"] == 0.5
+    assert first["position"] == {"first_wins": 1.0, "orders_agree": 0.0}
+
+
+def simulated(rng, n, quality, bias):
+    """Outcomes of n questions: question by question ours is better by N(quality, 1); the judge says A with
+    probability sigmoid(difference + bias) in each order."""
+    gap = rng.normal(quality, 1, n)
+    p = 1 / (1 + np.exp(-(np.stack([gap, -gap]) + bias)))
+    said = np.where(rng.random((2, n)) < p, "A", "B")
+    return [judge.of_both_orders(a, b) for a, b in said.T]
+
+
+@pytest.mark.parametrize("quality, bias", [(0.5, 0.0), (0.3, 1.0), (-0.4, -0.7)])
+def test_intervals_cover_the_truth(quality, bias):
+    """Of 1,000 evaluations of 200 questions, 92.5 to 97.5 %. Truth: the mean of a million questions; a tie is
+    half a win, so that it does not depend on more than P(A) in both orders: (1 + p_1 - p_2) / 2."""
+    rng = np.random.default_rng(0)
+    gap = rng.normal(quality, 1, 1_000_000)
+    truth = np.mean((1 + 1 / (1 + np.exp(-(gap + bias))) - 1 / (1 + np.exp(-(-gap + bias)))) / 2)
+    covered = 0
+    for _ in range(1000):
+        rate = judge.accuracy(simulated(rng, 200, quality, bias), np.arange(200), draws=400)
+        covered += rate["low"] <= truth <= rate["high"]
+    assert 925 <= covered <= 975, covered
+
+
+def test_swapping_the_policies_mirrors_everything():
+    rng = np.random.default_rng(0)
+    outcome = np.array(simulated(rng, 150, 0.4, 0.5))
+    ours, theirs = rng.integers(10, 900, (2, 150))
+    here = judge.compare(outcome, ours, theirs, np.arange(150))
+    there = judge.compare(1 - outcome, theirs, ours, np.arange(150))
+    assert (there["win"], there["tie"], there["lose"]) == (here["lose"], here["tie"], here["win"])
+    assert there["longer_wins"] == here["longer_wins"]
+    for a, b in ((here, there), (here["length_controlled"], there["length_controlled"])):
+        assert [b["win_rate"], b["low"], b["high"]] == pytest.approx(
+            [1 - a["win_rate"], 1 - a["high"], 1 - a["low"]], abs=1e-12)
+
+
+@pytest.mark.parametrize("quality, by_length", [(0.0, 2.0), (0.8, 0.0), (0.8, 2.0), (0.8, -2.0)])
+def test_length_control_removes_length_and_leaves_quality(quality, by_length):
+    """P(win) = sigmoid(quality + by_length * tanh(length difference)): ours are longer on the whole. What is left
+    is sigmoid(quality), 0.5 or 0.69."""
+    rng = np.random.default_rng(1)
+    theirs = rng.uniform(200, 1000, 4000)
+    ours = theirs + rng.normal(250, 300, 4000)
+    gap = ours - theirs
+    p = 1 / (1 + np.exp(-(quality + by_length * np.tanh(gap / np.sqrt(np.mean(gap ** 2))))))
+    outcome = (rng.random(4000) < p).astype(float)
+    found = judge.compare(outcome, ours, theirs, np.arange(4000))
+    truth = 1 / (1 + np.exp(-quality))
+    assert abs(found["length_controlled"]["win_rate"] - truth) < 0.03
+    assert found["length_controlled"]["low"] < truth < found["length_controlled"]["high"]
+    if by_length:
+        assert abs(found["win_rate"] - truth) > 0.07  # what it was without
