@@ -65,7 +65,7 @@ def parse_args(cls, argv=None):
     if getattr(values, "model", "") == "toy":
         from toy.defaults import DEFAULTS
         names = {field.name for field in dataclasses.fields(cls)}
-        toy = DEFAULTS[Path(inspect.getfile(cls)).stem]
+        toy = DEFAULTS.get(Path(inspect.getfile(cls)).stem, {})
         parser.set_defaults(**{name: value for name, value in toy.items() if name in names})
         values = parser.parse_args(argv)
     for flag, (low, high) in LIMITS.items():

@@ -345,16 +345,28 @@ small { display: block; font-size: .68rem; color: #333 }
 """
 
 
+def limit_of(result, limit):
+    """The smallest (min) or largest (max) value of any token of a result's responses."""
+    return limit(v for answer in result["responses"] for v in answer["values"])
+
+
+def token_spans(answer, low, high):
+    """HTML: every token on the colour of its value, with the number under it. Texts are escaped."""
+    parts = []
+    for text, value in zip(["question", *answer["tokens"]], answer["values"]):
+        shown = html.escape(text.strip(" ").replace("\n", "\u23ce")) or "\u00a0"
+        rgb = "rgb({},{},{})".format(*colour(value, low, high))
+        parts.append(f'<span style="background:{rgb}">{shown}<small>{value:+.2f}</small></span>')
+    return "\n".join(parts)
+
+
 def page(result, low, high):
     """A page that needs no network: every token with its value under it. All texts are escaped."""
     parts = [PAGE, f"<p>tau: {result['k']} answers of {html.escape(str(result['tau_policy']))}</p>",
              f"<p>{html.escape(result['question'])}</p>"]
     for answer in result["responses"]:
         parts.append(f"<h2>{html.escape(answer['label'])}: mean {answer['mean']:+.2f}</h2>")
-        for text, value in zip(["question", *answer["tokens"]], answer["values"]):
-            shown = html.escape(text.strip(" ").replace("\n", "\u23ce")) or "\u00a0"
-            rgb = "rgb({},{},{})".format(*colour(value, low, high))
-            parts.append(f'<span style="background:{rgb}">{shown}<small>{value:+.2f}</small></span>')
+        parts.append(token_spans(answer, low, high))
     return "\n".join(parts)
 
 
@@ -385,7 +397,7 @@ def evaluate_values(args, device):
                  for name, row, v in zip(names, rows, token_values(gvm, jobs))]
     result = {"question": prompt_text(rows[0]["prompt"]), "k": len(tau), "tau_policy": policy, "tau": tau,
               "responses": responses}
-    low, high = (limit(v for answer in responses for v in answer["values"]) for limit in (min, max))
+    low, high = limit_of(result, min), limit_of(result, max)
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(f"\n{result['question']}\nvalue after each token: {low:+.2f} is red, {high:+.2f} is green")
     for answer in responses:
