@@ -10,6 +10,9 @@ judge     Answers of policies against those of one other (Figure 2: win / tie / 
                          D); more points win
           --mode grade   each answer alone gets 1 to 10, as in MT-Bench; more points win
           --mode pair    two answers side by side, in both orders; two orders that disagree are a tie
+rank      Without a judge: how often a reward model and the GVM rank the chosen answer of --pairs above the
+          rejected one, by subset (RewardBench-style: a column `subset` or `source`). The GVM's values are
+          read without tau: such files do not say who wrote the answers.
 meta      The judge itself: how often --mode pair agrees with people's labels (rows of input, output_1,
           output_2 and label 1 or 2).
 
@@ -39,10 +42,10 @@ import numpy as np
 import torch
 from tqdm import tqdm  # comes with transformers
 
-from common import (chat_ids, check_model, command_args, generate, init_distributed, keyed_rng, load_policy,
-                    load_tokenizer)
-from data import BadInput, one_line, prompt_text, read_data, read_rows, split_of
-from evaluate import accuracy, show, some
+from common import (answer_ids, chat_ids, check_model, command_args, generate, gvm_settings, init_distributed,
+                    keyed_rng, load_gvm, load_policy, load_reward_model, load_tokenizer, reward_scores)
+from data import BadInput, one_line, preference_pair, prompt_text, read_data, read_rows, split_of
+from evaluate import Gvm, accuracy, hits, show, some, token_values
 
 
 @dataclass
@@ -52,18 +55,21 @@ class Args:
     name: str = ""  # generate: how the answers call it, default the folder's name
     questions: str = ""  # generate, judge: a tool's question file; default the held-out prompts of --data
     data: str = "openbmb/UltraFeedback"  # generate: hub id[:split] or a local json, jsonl or parquet file
-    split_seed: int = 0  # generate: seed of the split by prompt; keep it the same in every stage
-    allow_dropped: bool = False  # generate: go on when more than 10 % of the responses had to be dropped
+    split_seed: int = 0  # generate, rank: seed of the split by prompt; keep it the same in every stage
+    allow_dropped: bool = False  # generate, rank: go on when more than 10 % of the data had to be dropped
     prompts: int = 256  # generate: at most this many held-out prompts
     temperature: Optional[float] = None  # generate: of the sampler, 0 is greedy; default: SAMPLING
     response_length: int = 1024  # generate, a local judge: at most this many tokens per answer [tokens]
-    micro_batch: int = 8  # generate, a local judge: rows of one forward pass
+    micro_batch: int = 8  # rows of one forward pass
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights
     seed: int = 1  # choice of prompts, sampling
     out: str = ""  # generate: the answers, default runs/<model name>/answers/<name>.<json or jsonl>
     answers: list[str] = field(default_factory=list)  # judge: name=file of each policy that is judged
     against: str = ""  # judge: name=file of the answers they are compared with
     mode: Literal["score", "grade", "pair"] = "score"  # judge: see above
+    pairs: str = ""  # rank: json, jsonl or parquet file of preference pairs
+    value_model: str = ""  # rank: the GVM's folder
+    reward_model: str = ""  # rank: one-label sequence classifier
     labels: str = ""  # meta: rows of input, output_1, output_2 and label
     judge_url: str = ""  # judge, meta: https://host/v1 of an OpenAI-compatible endpoint; "": a local model
     judge_model: str = ""  # judge, meta: its name there, or the folder or hub id of a local one
@@ -73,7 +79,7 @@ class Args:
     timeout: float = 120.0  # judge, meta: of one request [seconds]
     verdicts: str = "verdicts.jsonl"  # judge, meta: where they are kept
     dry_run: bool = False  # judge, meta: only say how many requests and tokens it would be
-    json: str = ""  # judge, meta: write what is shown to this file
+    json: str = ""  # judge, rank, meta: write what is shown to this file
 
 
 # ---- questions and answers ---------------------------------------------------------------------------------
@@ -655,8 +661,52 @@ def judge_the_judge(args, ask=None):
     return result
 
 
+def rank_pairs(args, device):
+    """Accuracy of the rankers on a file of preference pairs; a tie counts half."""
+    if not args.pairs or not (args.value_model or args.reward_model):
+        raise BadInput("--pairs FILE with --value_model, --reward_model or both: give them.")
+    if args.value_model:
+        settings = gvm_settings(args.value_model)
+    subsets = {where: str(row.get("subset") or row.get("source") or "")
+               for where, row in read_rows(args.pairs)}
+    records = [(record, pair) for record in read_data(args.pairs, args.allow_dropped)
+               if (pair := preference_pair(record, args.split_seed))]
+    if not records:
+        raise BadInput(f"--pairs {args.pairs}: no row prefers an answer; give rows of chosen and rejected.")
+    chats = [(record["prompt"], response["text"]) for record, pair in records for response in pair]
+    scores = {}
+    if args.reward_model:
+        model, tokenizer, _, _ = load_reward_model(args.reward_model, getattr(torch, args.dtype))
+        scores["reward model"] = reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch)
+        del model
+    if args.value_model:
+        tokenizer = load_tokenizer(args.value_model, "--value_model")
+        tokenizer.chat_template = settings["chat_template"]
+        jobs = [(chat_ids(tokenizer, prompt), answer_ids(tokenizer, text)) for prompt, text in chats]
+        longest = max(len(prompt) + len(answer) for prompt, answer in jobs)
+        if longest > settings["context"]:
+            raise BadInput(f"--pairs {args.pairs}: a row of {longest} tokens, and --value_model reads "
+                           f"{settings['context']}; take such rows out.")
+        model, _ = load_gvm(args.value_model, getattr(torch, args.dtype))
+        gvm = Gvm(model.to(device).eval(), tokenizer, settings, device, args.micro_batch)
+        values = token_values(gvm, jobs)
+        scores["GVM, mean value"] = [v[1:].mean() for v in values]
+        scores["GVM, last value"] = [v[-1] for v in values]
+    groups = [prompt_text(record["prompt"]) for record, _ in records]
+    of = [subsets[record["where"]] for record, _ in records]
+    result = {"pairs": len(records), "accuracy": {}}
+    for name, found in scores.items():
+        found = np.round(found, 6)  # the same text twice is a tie, whatever it is padded with
+        hit = hits(found[::2], found[1::2])
+        for subset in ["all", *sorted(set(of) - {""})]:
+            kept = [i for i, own in enumerate(of) if subset in ("all", own)]
+            result["accuracy"][f"{name}: {subset}"] = {
+                "n": len(kept), **accuracy(hit[kept], [groups[i] for i in kept])}
+    return result
+
+
 COMMANDS = {"generate": lambda args: generate_answers(args, init_distributed()[2]), "judge": judge_answers,
-            "meta": judge_the_judge}
+            "rank": lambda args: rank_pairs(args, init_distributed()[2]), "meta": judge_the_judge}
 
 
 def main(argv=None):

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import constants
 
 import judge
+from common import load_reward_model, reward_scores
 from data import BadInput, split_of
 from conftest import feedback_rows, write_jsonl
 
@@ -313,6 +315,26 @@ def test_a_local_model_as_judge(files, chain, tmp_path):
                 str(chain.sft), "--judge_tokens", "4", "--dtype", "float32", "--json", "result.json"])
     result = json.loads(Path("result.json").read_text())
     assert result["unread"] + result["failed"] == 12 and result["policies"]["ours"]["n"] == 0
+
+
+def test_rankers_on_preference_pairs(chain, baseline, tmp_path):
+    """The reward model's accuracy by hand, by subset; the GVM's beside it; a tie is half."""
+    rows = [{"prompt": "is thing1 red ?", "chosen": a, "rejected": b, "subset": subset}
+            for a, b, subset in (("yes .", "no .", "s"), ("no .", "yes .", "s"), ("it is .", "it is .", "t"))]
+    judge.main(["rank", "--pairs", write_jsonl(tmp_path / "p.jsonl", rows), "--dtype", "float32", "--reward_model",
+                str(baseline.rm), "--value_model", str(chain.gvm), "--json", str(tmp_path / "r.json")])
+    found = json.loads((tmp_path / "r.json").read_text())["accuracy"]
+    assert len(found) == 9 and {name: part["n"] for name, part in found.items() if "GVM, last" in name} == {
+        "GVM, last value: all": 3, "GVM, last value: s": 2, "GVM, last value: t": 1}
+    assert {part["accuracy"] for part in found.values()} == {0.5}, found  # a pair, its mirror image, a tie
+    one = judge.rank_pairs(judge.Args(pairs=write_jsonl(tmp_path / "q.jsonl", rows[:1]), dtype="float32",
+                                      reward_model=str(baseline.rm)), torch.device("cpu"))
+    model, tokenizer, _, _ = load_reward_model(baseline.rm, torch.float32)
+    yes, no = reward_scores(model, tokenizer, [([{"role": "user", "content": "is thing1 red ?"}], text)
+                                               for text in ("yes .", "no .")], "cpu", 2)
+    assert one["accuracy"]["reward model: all"]["accuracy"] == float(yes > no)
+    with pytest.raises(BadInput, match="--pairs FILE"):
+        judge.main(["rank", "--reward_model", str(baseline.rm)])
 
 
 @pytest.mark.parametrize("mode, text, wanted", [
