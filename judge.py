@@ -534,9 +534,9 @@ def of_both_orders(first, second):
 
 def position_bias(pairs):
     """Of [(verdict, verdict with the answers swapped)]: share of decided verdicts for the first answer, 1/2
-    for a judge that does not look at the order, and share of pairs whose two orders agree."""
+    for a judge that does not look at the order, and share of pairs whose two orders, both read, agree."""
     decided = [v for pair in pairs for v in pair if v in ("A", "B")]
-    agree = [pair in (("A", "B"), ("B", "A"), ("C", "C")) for pair in pairs]
+    agree = [pair in (("A", "B"), ("B", "A"), ("C", "C")) for pair in pairs if None not in pair]
     return {"first_wins": mean_of([v == "A" for v in decided]), "orders_agree": mean_of(agree)}
 
 

@@ -315,6 +315,7 @@ def test_a_local_model_as_judge(files, chain, tmp_path):
                 str(chain.sft), "--judge_tokens", "4", "--dtype", "float32", "--json", "result.json"])
     result = json.loads(Path("result.json").read_text())
     assert result["unread"] + result["failed"] == 12 and result["policies"]["ours"]["n"] == 0
+    assert result["policies"]["ours"]["position"] == {"first_wins": None, "orders_agree": None}
 
 
 def test_rankers_on_preference_pairs(chain, baseline, tmp_path):
