@@ -10,6 +10,8 @@ judge     Answers of policies against those of one other (Figure 2: win / tie / 
                          D); more points win
           --mode grade   each answer alone gets 1 to 10, as in MT-Bench; more points win
           --mode pair    two answers side by side, in both orders; two orders that disagree are a tie
+table     Both for several policies and question files at once (Tables 1 and 2): MT-Bench's as grades, the
+          others as pairs against the baseline's answers; AlpacaEval's file brings these itself.
 rank      Without a judge: how often a reward model and the GVM rank the chosen answer of --pairs above the
           rejected one, by subset (RewardBench-style: a column `subset` or `source`). The GVM's values are
           read without tau: such files do not say who wrote the answers.
@@ -34,7 +36,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -45,21 +47,23 @@ from tqdm import tqdm  # comes with transformers
 from common import (answer_ids, chat_ids, check_model, command_args, generate, gvm_settings, init_distributed,
                     keyed_rng, load_gvm, load_policy, load_reward_model, load_tokenizer, reward_scores)
 from data import BadInput, one_line, preference_pair, prompt_text, read_data, read_rows, split_of
-from evaluate import Gvm, accuracy, hits, show, some, token_values
+from evaluate import Gvm, accuracy, hits, named_paths, show, some, token_values
 
 
 @dataclass
 class Args:
     model: str = "toy"  # Hugging Face id or folder; names the run folder
     policy: str = ""  # generate: folder or hub id, default runs/<model name>/dvpo
+    policies: list[str] = field(default_factory=list)  # table: name=folder, default sft, ppo, dvpo
+    benchmarks: list[str] = field(default_factory=list)  # table: question file, or baseline's answers=that
     name: str = ""  # generate: how the answers call it, default the folder's name
     questions: str = ""  # generate, judge: a tool's question file; default the held-out prompts of --data
     data: str = "openbmb/UltraFeedback"  # generate: hub id[:split] or a local json, jsonl or parquet file
     split_seed: int = 0  # generate, rank: seed of the split by prompt; keep it the same in every stage
     allow_dropped: bool = False  # generate, rank: go on when more than 10 % of the data had to be dropped
     prompts: int = 256  # generate: at most this many held-out prompts
-    temperature: Optional[float] = None  # generate: of the sampler, 0 is greedy; default: SAMPLING
-    response_length: int = 1024  # generate, a local judge: at most this many tokens per answer [tokens]
+    temperature: Optional[float] = None  # generate, table: of the sampler, 0 is greedy; default: SAMPLING
+    response_length: int = 1024  # at most this many tokens per answer [tokens]
     micro_batch: int = 8  # rows of one forward pass
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights
     seed: int = 1  # choice of prompts, sampling
@@ -71,15 +75,15 @@ class Args:
     value_model: str = ""  # rank: the GVM's folder
     reward_model: str = ""  # rank: one-label sequence classifier
     labels: str = ""  # meta: rows of input, output_1, output_2 and label
-    judge_url: str = ""  # judge, meta: https://host/v1 of an OpenAI-compatible endpoint; "": a local model
-    judge_model: str = ""  # judge, meta: its name there, or the folder or hub id of a local one
-    judge_tokens: int = 512  # judge, meta: a verdict has at most this many tokens
-    parallel: int = 8  # judge, meta: requests at a time
-    retries: int = 6  # judge, meta: of a request that failed with 429, 5xx or a timeout, after longer waits
-    timeout: float = 120.0  # judge, meta: of one request [seconds]
-    verdicts: str = "verdicts.jsonl"  # judge, meta: where they are kept
-    dry_run: bool = False  # judge, meta: only say how many requests and tokens it would be
-    json: str = ""  # judge, rank, meta: write what is shown to this file
+    judge_url: str = ""  # judge, table, meta: https://host/v1, OpenAI-compatible; "": a local model
+    judge_model: str = ""  # judge, table, meta: its name there, or the folder or hub id of a local one
+    judge_tokens: int = 512  # judge, table, meta: a verdict has at most this many tokens
+    parallel: int = 8  # judge, table, meta: requests at a time
+    retries: int = 6  # judge, table, meta: of a request that failed: 429, 5xx, timeouts
+    timeout: float = 120.0  # judge, table, meta: of one request [seconds]
+    verdicts: str = "verdicts.jsonl"  # judge, table, meta: where they are kept
+    dry_run: bool = False  # judge, table, meta: only say how many requests and tokens it would be
+    json: str = ""  # judge, table, rank, meta: write what is shown to this file
 
 
 # ---- questions and answers ---------------------------------------------------------------------------------
@@ -661,6 +665,46 @@ def judge_the_judge(args, ask=None):
     return result
 
 
+def paper_table(args, ask=None):
+    """Answers and verdicts of all policies on all question files; what is there already is not made again."""
+    check_judge(args)
+    policies = named_paths("--policies", args.policies, ("sft", "ppo", "dvpo"), "config.json", args)
+    if not args.benchmarks:
+        raise BadInput("--benchmarks: name question files, as in alpaca_eval.json, mt_bench/question.jsonl "
+                       "or gpt-4-0314.jsonl=arena_hard/question.jsonl.")
+    benchmarks = []
+    for spec in args.benchmarks:  # all are read before the first answer is sampled
+        baseline, _, path = spec.rpartition("=")
+        kind, _ = read_questions(path)
+        baseline = baseline or (path if kind == "alpaca_eval" else "")
+        if kind == "arena_hard" and not baseline:
+            raise BadInput(f"--benchmarks {path}: name the baseline's answers, too: answers.jsonl={path}.")
+        if baseline and kind != "mt_bench":
+            read_answers(baseline)
+        benchmarks.append((kind, path, baseline))
+    folder = Path("runs") / Path(args.model).name / "answers"
+    result = {"judge": args.judge_model, "policies": {}}
+    for kind, path, baseline in benchmarks:
+        files = []
+        for name, policy in policies:
+            out = folder / kind / f"{name}.{'json' if kind == 'alpaca_eval' else 'jsonl'}"
+            generate_answers(replace(args, policy=policy, name=name, questions=path, out=str(out)),
+                             init_distributed()[2])
+            files.append(f"{name}={out}")
+        if kind == "mt_bench":
+            found = judge_answers(replace(args, answers=files, against="", mode="grade", questions=path), ask)
+        else:
+            found = judge_answers(replace(args, answers=files, against=f"baseline={baseline}", mode="pair",
+                                          questions=""), ask)
+        for name, _ in policies if not args.dry_run else ():
+            report, row = found["policies"][name], result["policies"].setdefault(name, {})
+            row[kind] = report.get("points") if kind == "mt_bench" else None
+            if report.get("n"):  # AlpacaEval's number is the one at equal length, Arena-Hard's the plain one
+                rate = report["length_controlled"] if kind == "alpaca_eval" else report
+                row[kind] = 100 * rate["win_rate"]
+    return result
+
+
 def rank_pairs(args, device):
     """Accuracy of the rankers on a file of preference pairs; a tie counts half."""
     if not args.pairs or not (args.value_model or args.reward_model):
@@ -706,7 +750,8 @@ def rank_pairs(args, device):
 
 
 COMMANDS = {"generate": lambda args: generate_answers(args, init_distributed()[2]), "judge": judge_answers,
-            "rank": lambda args: rank_pairs(args, init_distributed()[2]), "meta": judge_the_judge}
+            "table": paper_table, "rank": lambda args: rank_pairs(args, init_distributed()[2]),
+            "meta": judge_the_judge}
 
 
 def main(argv=None):

@@ -318,6 +318,32 @@ def test_a_local_model_as_judge(files, chain, tmp_path):
     assert result["policies"]["ours"]["position"] == {"first_wins": None, "orders_agree": None}
 
 
+def test_one_command_makes_the_papers_table(files, chain, tmp_path, serve, monkeypatch):
+    """Two policies, three benchmarks: AlpacaEval's file is its own baseline, Arena-Hard's is named, MT-Bench has
+    grades. A second run samples and asks nothing."""
+    for kind in QUESTIONS:
+        (tmp_path / kind).mkdir()
+    paths = {kind: question_file(kind, tmp_path / kind) for kind in QUESTIONS}
+    baseline = write_jsonl(tmp_path / "base.jsonl", [
+        {"uid": row["uid"], "messages": [{"role": "user", "content": row["prompt"]},
+                                         {"role": "assistant", "content": {"answer": "no ."}}]} for row in ARENA])
+    server = serve(lambda number, messages: "[[A]] [[7]]" if "Rating" in messages[0]["content"] else "[[A]]")
+    words = ["table", "--policies", f"one={chain.sft}", f"two={chain.dvpo}", "--benchmarks", paths["alpaca_eval"],
+             f"{baseline}={paths['arena_hard']}", paths["mt_bench"], "--judge_url", server.url, "--judge_model", "m",
+             "--dtype", "float32", "--response_length", 8, "--json", "table.json"]
+    for _ in range(2):
+        judge.main(list(map(str, words)))
+        found = json.loads(Path("table.json").read_text())["policies"]
+        assert set(found) == {"one", "two"}
+        for row in found.values():  # a judge that takes the first answer: ties
+            assert row == {"alpaca_eval": pytest.approx(50), "arena_hard": 50.0, "mt_bench": 7.0}
+        asked = len(server.calls)
+        monkeypatch.setattr(judge, "generate", None)
+    assert len(server.calls) == asked
+    with pytest.raises(BadInput, match="name the baseline's answers"):
+        judge.main([*map(str, words[:6]), str(paths["arena_hard"]), "--judge_model", "m"])
+
+
 def test_rankers_on_preference_pairs(chain, baseline, tmp_path):
     """The reward model's accuracy by hand, by subset; the GVM's beside it; a tie is half."""
     rows = [{"prompt": "is thing1 red ?", "chosen": a, "rejected": b, "subset": subset}
