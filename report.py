@@ -65,6 +65,8 @@ small { display: block; font-size: .68rem; color: #333 }
 .bar i { background: #8ab4e0 } .bar b { width: 2px; background: #123 }
 .bar u { position: absolute; left: 50%; top: 0; bottom: 0; border-left: 1px dashed #999 }
 @media print { body { max-width: none; font-size: 11pt } figure, .side, tr { break-inside: avoid }
+               h2, h3, p { break-after: avoid } figure { width: 46% } .wide { overflow: visible }
+               table { font-size: .7rem } th, td { white-space: normal; padding: .1rem .3rem }
                .side > div, .side span, .bar, .bar * { print-color-adjust: exact } }
 """
 # No script runs and nothing is fetched, whatever a text holds
