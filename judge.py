@@ -28,6 +28,7 @@ is never paid for twice. A verdict that cannot be read counts as unread, never a
 JUDGE_API_KEY (or OPENAI_API_KEY) and is written nowhere.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -44,6 +45,7 @@ import numpy as np
 import torch
 from tqdm import tqdm  # comes with transformers
 
+from checkpoint import fingerprint
 from common import (answer_ids, chat_ids, check_model, command_args, generate, gvm_settings, init_distributed,
                     keyed_rng, load_gvm, load_policy, load_reward_model, load_tokenizer, reward_scores)
 from data import BadInput, one_line, preference_pair, prompt_text, read_data, read_rows, split_of
@@ -63,7 +65,7 @@ class Args:
     allow_dropped: bool = False  # generate, rank: go on when more than 10 % of the data had to be dropped
     prompts: int = 256  # generate: at most this many held-out prompts
     temperature: Optional[float] = None  # generate, table: of the sampler, 0 is greedy; default: SAMPLING
-    response_length: int = 1024  # at most this many tokens per answer [tokens]
+    response_length: int = 1024  # generate, table: at most this many tokens per answer [tokens]
     micro_batch: int = 8  # rows of one forward pass
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights
     seed: int = 1  # choice of prompts, sampling
@@ -113,8 +115,10 @@ def read_questions(path):
         ident = {"alpaca_eval": i, "arena_hard": row.get("uid"), "mt_bench": row.get("question_id")}[kind]
         turns = {"alpaca_eval": [row.get("instruction")], "arena_hard": [row.get("prompt")],
                  "mt_bench": row.get("turns")}[kind]
-        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
-            raise BadInput(f"{where}: its question must be text; correct the row.")
+        if (not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns)
+                or not isinstance(ident, (str, int))):
+            raise BadInput(f"{where}: its question must be text, and its id text or a number; correct the "
+                           f"row.")
         questions.append({"id": ident, "category": str(row.get("category", "")), "turns": turns, "row": row})
     if len({question["id"] for question in questions}) < len(questions):
         raise BadInput(f"{path}: two questions have one id; give each its own.")
@@ -145,7 +149,11 @@ def markdown_of(text):
 
 
 def tool_row(kind, question, name, answers, tokens, when):
-    """One answer as the tool reads it. answers, tokens: texts and lengths of the turns; when: seconds."""
+    """One answer as the tool reads it. answers, tokens: texts and lengths of the turns; when: seconds.
+
+    Arena-Hard counts tokens as gpt-4o does, here they are the policy's own: for its style control by length
+    let the tool count again.
+    """
     ident = hashlib.sha256(json.dumps([name, question["id"]]).encode()).hexdigest()[:22]
     if kind == "alpaca_eval":
         return {"dataset": question["row"].get("dataset", ""), "instruction": question["turns"][0],
@@ -183,20 +191,32 @@ def answers_of(policy, tokenizer, questions, temperature, context, args, device)
             text = tokenizer.decode(found[i], skip_special_tokens=True).strip()
             chats[i].append({"role": "assistant", "content": text})
             texts[i].append(text)
-            lengths[i].append(len(found[i]))
+            lengths[i].append(len(answer_ids(tokenizer, text)) - 1)  # without the EOS
             short[i] += room[i] < args.response_length
     return list(zip(texts, lengths, short))
 
 
 def kept_lines(path):
-    """The rows of a jsonl file that is appended to; a last line that was cut short is taken off it."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
+    """(rows of a jsonl file that is appended to, their bytes), without a line that was cut short."""
+    content = path.read_bytes() if path.exists() else b""
     whole = content[:content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    return [row for _, row in read_rows(path)] if whole else []
+    try:
+        return [json.loads(line) for line in whole.split(b"\n") if line.strip()], len(whole)
+    except ValueError as e:
+        raise BadInput(f"{path}: not a file that this script wrote ({one_line(e)}); name another.") from None
+
+
+@contextlib.contextmanager
+def appended(path, size=None):
+    """The file, open for more text; what is behind its first `size` bytes is taken away."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8", errors="replace") as f:  # half a surrogate pair is no UTF-8
+            if size is not None:
+                f.truncate(size)
+            yield f
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written ({one_line(e)}); make room or name another.") from None
 
 
 def write_whole(path, text):
@@ -213,17 +233,19 @@ def generate_answers(args, device):
     suffix = "json" if kind == "alpaca_eval" else "jsonl"
     out = Path(args.out or Path("runs") / Path(args.model).name / "answers" / f"{name}.{suffix}")
     asked = hashlib.sha256(json.dumps([(q["id"], q["turns"]) for q in questions]).encode()).hexdigest()[:16]
-    settings = {"policy": folder, "name": name, "kind": kind, "questions": asked, "seed": args.seed,
+    settings = {"policy": folder, "weights": fingerprint(folder), "name": name, "kind": kind,
+                "questions": asked, "seed": args.seed,
                 "temperature": args.temperature, "response_length": args.response_length, "dtype": args.dtype}
     partial, record = (out.with_name(f"{out.name}.{part}") for part in ("partial.jsonl", "settings.json"))
-    done = {"settings": settings, "rows": {}}
+    done, size = {"settings": settings, "rows": {}}, 0
     if record.exists():
-        then = json.loads(record.read_text())
+        (then, *_), _ = kept_lines(record)
         differ = [key for key in settings if then.get(key) != settings[key]]
         if differ:
             raise BadInput(f"--out {out}: begun with other settings ({', '.join(differ)}); delete {record} "
                            f"and {partial}, or name another file.")
-        done["rows"] = {row["id"]: row for row in kept_lines(partial)}
+        kept, size = kept_lines(partial)
+        done["rows"] = {row["id"]: row for row in kept}
         if out.exists() and not partial.exists():
             print(f"{out}: all {len(questions)} answers are there, nothing is left to do")
             return {"answers": str(out), "questions": len(questions)}
@@ -231,14 +253,14 @@ def generate_answers(args, device):
     context = check_model(folder, tokenizer, "--policy")
     policy = load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policy").to(device).eval()
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(record, json.dumps(settings, indent=1))
+    write_whole(record, json.dumps(settings) + "\n")
     groups = defaultdict(list)
     for question in questions:
         if question["id"] not in done["rows"]:
             own = SAMPLING.get(question["category"], 0.0) if kind == "mt_bench" else 0.0
             groups[own if args.temperature is None else args.temperature].append(question)
-    with open(partial, "a", encoding="utf-8") as f, tqdm(total=len(questions), initial=len(done["rows"]),
-                                                         desc="answers", disable=None) as bar:
+    with appended(partial, size) as f, tqdm(total=len(questions), initial=len(done["rows"]), desc="answers",
+                                            disable=None) as bar:
         for temperature, group in groups.items():
             for i in range(0, len(group), args.micro_batch):
                 part = group[i:i + args.micro_batch]
@@ -286,7 +308,9 @@ def read_answers(path, questions=None):
             texts = [*answer["turns"], *answer["answers"]]
             if len(texts) != 2 * len(answer["turns"]) or not all(isinstance(text, str) for text in texts):
                 raise TypeError("not one text for each turn")
-        except (KeyError, IndexError, TypeError, AttributeError) as e:
+            if not isinstance(answer["id"], (str, int)) or not isinstance(answer["answers"], list):
+                raise TypeError("its id is no text or number")
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
             raise BadInput(f"{where}: not an answer of AlpacaEval, Arena-Hard or MT-Bench "
                            f"({one_line(repr(e))}); correct the row.") from None
         if answer["id"] in found:
@@ -341,14 +365,18 @@ def pair_request(first, second, turn):
 
 def verdict(mode, text):
     """Points of --mode score (0 to 5) and grade (1 to 10), "A", "B" or "C" of --mode pair; None when the text
-    does not say. The last statement counts, because judges think aloud."""
-    pattern = {"score": r"Score:\s*\**\s*(\d+(?:\.\d+)?)", "grade": r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]",
-               "pair": r"\[\[\s*([ABC])\s*\]\]"}[mode]
-    found = re.findall(pattern, text or "")
-    if not found or mode == "pair":
-        return found[-1] if found else None
-    points, (low, high) = float(found[-1]), {"score": (0, 5), "grade": (1, 10)}[mode]
-    return points if low <= points <= high else None
+    does not say, or says two things in one line. The last line that says something counts, because judges
+    think aloud; of a score it is what the line begins with, because the evidence comes behind it."""
+    pattern = {"score": r"^\W*Score:\W*(\d+(?:\.\d+)?)\b(?!\s*(?:to|or|-)\s*\d)",
+               "grade": r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", "pair": r"\[\[\s*([ABC])\s*\]\]"}[mode]
+    lines = [found for line in (text or "").splitlines() if (found := set(re.findall(pattern, line)))]
+    if not lines or len(lines[-1]) > 1:
+        return None
+    found, = lines[-1]
+    if mode == "pair":
+        return found
+    low, high = {"score": (0, 5), "grade": (1, 10)}[mode]
+    return float(found) if low <= float(found) <= high else None
 
 
 # ---- asking it ---------------------------------------------------------------------------------------------
@@ -363,9 +391,10 @@ class Endpoint:
     def __init__(self, args):
         from huggingface_hub import InferenceClient, constants
         constants.HF_HUB_OFFLINE = False  # HF_HUB_OFFLINE=1 is about the hub, and would refuse any endpoint
-        self.key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
+        self.key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY")
         # a key is always given: the client would send a stored Hugging Face token to any host
-        self.client = InferenceClient(base_url=args.judge_url, api_key=self.key, timeout=args.timeout)
+        self.client = InferenceClient(base_url=args.judge_url, api_key=self.key or "none",
+                                      timeout=args.timeout)
         self.args = args
 
     def __call__(self, messages):
@@ -395,7 +424,7 @@ class Endpoint:
         raise Failed(last)
 
     def without_key(self, error):
-        return one_line(error).replace(self.key, "***")
+        return one_line(str(error).replace(self.key, "***") if self.key else error)
 
 
 def ask_local(todo, args, keep):
@@ -425,17 +454,21 @@ def ask_local(todo, args, keep):
 def ask_endpoint(todo, ask, parallel, keep):
     """All of todo, {key: messages}, `parallel` at a time; keep(key, text) as each comes back. Returns
     {reason: number} of those that failed."""
-    failed = Counter()
+    failed, kept = Counter(), set()
     with ThreadPoolExecutor(parallel) as pool:
         waiting = {pool.submit(ask, messages): key for key, messages in todo.items()}
         try:
             for future in tqdm(as_completed(waiting), "verdicts", len(waiting), disable=None):
+                kept.add(future)
                 try:
                     keep(waiting[future], future.result())
                 except Failed as e:
                     failed[str(e)] += 1
-        except BaseException:  # Ctrl-C, a wrong key: what is under way is not waited for in vain
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:  # Ctrl-C, a wrong key: nothing more is asked, what is under way is paid for
+            pool.shutdown(wait=True, cancel_futures=True)
+            for future in set(waiting) - kept:
+                if not future.cancelled() and not future.exception():
+                    keep(waiting[future], future.result())
             raise
     return failed
 
@@ -450,15 +483,15 @@ def ask_all(requests, args, ask=None):
     """The judge's texts on all requests, {key: text}, from --verdicts or asked now, and {reason: number} of
     those that failed. requests: {key: messages};  ask: function messages -> text in place of the endpoint"""
     path = Path(args.verdicts)
-    texts = {row["key"]: row["text"] for row in kept_lines(path) if row["key"] in requests}
+    rows, size = kept_lines(path)
+    texts = {row["key"]: row["text"] for row in rows if row.get("key") in requests}
     todo = {key: messages for key, messages in requests.items() if key not in texts}
     letters = sum(len(m["content"]) for messages in todo.values() for m in messages)
     print(f"{len(requests)} requests, {len(requests) - len(todo)} of them answered in {path}; {len(todo)} to "
           f"ask: about {letters // 4} tokens to read and at most {len(todo) * args.judge_tokens} to write")
     if args.dry_run or not todo:
         return texts, Counter()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as f:
+    with appended(path, size) as f:
         def keep(key, text):
             texts[key] = text
             row = {"key": key, "judge": args.judge_model, "text": text}
@@ -549,6 +582,10 @@ def position_bias(pairs):
 def check_judge(args):
     if not args.judge_model:
         raise BadInput("--judge_model: name the judge, a model of --judge_url or a local folder or hub id.")
+    kept_lines(Path(args.verdicts))
+    if not args.dry_run:
+        with appended(Path(args.verdicts)):  # an unwritable place shows before the expensive work
+            pass
     if args.parallel < 1 or args.retries < 0 or args.timeout <= 0 or args.judge_tokens < 1:
         raise BadInput("--parallel, --timeout and --judge_tokens must be above 0 and --retries not below.")
 
@@ -638,7 +675,7 @@ def judge_the_judge(args, ask=None):
     rows, keys, requests = [], {}, {}
     for where, row in read_rows(args.labels):
         texts = [row.get(name) for name in ("input", "output_1", "output_2")]
-        if not all(isinstance(text, str) for text in texts) or row.get("label") not in (1, 2):
+        if not all(isinstance(text, str) for text in texts) or repr(row.get("label")) not in ("1", "2"):
             raise BadInput(f"{where}: needs texts input, output_1, output_2 and label 1 or 2; correct the "
                            f"row.")
         good, bad = (texts[row["label"]], texts[3 - row["label"]])
@@ -686,6 +723,11 @@ def paper_table(args, ask=None):
     result = {"judge": args.judge_model, "policies": {}}
     for kind, path, baseline in benchmarks:
         files = []
+        if args.dry_run:  # a grade a turn, or two orders of a pair
+            turns = sum(len(question["turns"]) for question in read_questions(path)[1])
+            requests = turns * (1 if kind == "mt_bench" else 2)
+            result["policies"].setdefault("each", {})[f"{kind}: requests"] = requests
+            continue
         for name, policy in policies:
             out = folder / kind / f"{name}.{'json' if kind == 'alpaca_eval' else 'jsonl'}"
             generate_answers(replace(args, policy=policy, name=name, questions=path, out=str(out)),
@@ -696,7 +738,7 @@ def paper_table(args, ask=None):
         else:
             found = judge_answers(replace(args, answers=files, against=f"baseline={baseline}", mode="pair",
                                           questions=""), ask)
-        for name, _ in policies if not args.dry_run else ():
+        for name, _ in policies:
             report, row = found["policies"][name], result["policies"].setdefault(name, {})
             row[kind] = report.get("points") if kind == "mt_bench" else None
             if report.get("n"):  # AlpacaEval's number is the one at equal length, Arena-Hard's the plain one

@@ -6,7 +6,8 @@
 What it shows, as far as it is given:
   curves     of --runs over steps (Figure 3), with a band of one standard deviation over the seeds of a label
   frontier   reward against KL from the reference, a line a label: what a method gets for how much drift
-  tables     what evaluate.py and judge.py wrote with --json; win rates with their 95 % intervals as bars
+  tables     what evaluate.py gvm and policy and judge.py wrote with --json; win rates with their 95 %
+             intervals as bars
   answers    of several policies to the same questions, side by side
   values     of every token of both answers of a pair (Figure 4), from `evaluate.py values --json`
 
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from common import parse_args
-from data import BadInput, one_line
+from data import BadInput, one_line, text_of
 from evaluate import limit_of, mean_and_band, named_paths, read_metrics, token_spans
 from judge import read_answers, read_questions
 
@@ -74,7 +75,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def escape(text):
-    return html.escape(str(text))
+    return html.escape(text_of(str(text), "", ""))  # half a surrogate pair is no UTF-8
 
 
 def table(head, rows):
@@ -94,7 +95,8 @@ def figure(draw, title, x, y=""):
     """An SVG for the page, of what draw(axis) draws."""
     import matplotlib
     from matplotlib.figure import Figure
-    with matplotlib.rc_context({"svg.hashsalt": title, "font.size": 9}):  # the same data give the same page
+    # the same data give the same page; a label is text, not mathematics
+    with matplotlib.rc_context({"svg.hashsalt": title, "font.size": 9, "text.parse_math": False}):
         picture = Figure(figsize=(4.2, 2.8), layout="constrained")
         axis = picture.subplots()
         draw(axis)
@@ -145,11 +147,15 @@ def last_of(curves, metric):
 
 
 def runs_section(args):
+    if not args.runs and (args.tables or args.answers or args.values):
+        return []
     runs, rows = defaultdict(dict), []
     for label, path in named_paths("--runs", args.runs, ("dvpo", "ppo"), "metrics.jsonl", args):
         folder = Path(path).parent if path.endswith(".jsonl") else Path(path)
         found = runs[label][path] = read_metrics(str(folder / "metrics.jsonl"))
         flags = read_json(folder / "args.json") if (folder / "args.json").exists() else {}
+        if not isinstance(flags, dict):
+            raise BadInput(f"{folder / 'args.json'}: not the flags of a run; take the file away.")
         rows.append([escape(label), escape(path), max(max(steps) for steps in found.values()) + 1,
                      *(escape(flags.get(name, "-")) for name in ("lr", "seed")),
                      *(number(last_of(found, name)) for name in (args.reward, "objective/kl",
@@ -157,6 +163,9 @@ def runs_section(args):
     files = [found for seeds in runs.values() for found in seeds.values()]
     usual = ("objective/true_reward", "objective/scores", "gvm/mean", "objective/kl",
              "completions/mean_length", "policy/clipfrac_avg")
+    for metric in args.metrics:
+        if not any(metric in found for found in files):
+            raise BadInput(f"--metrics {metric}: none of the runs has it; name others.")
     metrics = args.metrics or [name for name in usual if any(name in found for found in files)]
     parts = ["<h2>Runs</h2>", table(["label", "folder", "steps", "lr", "seed", f"last {args.reward}",
                                      "last objective/kl", "seconds a step"], rows),
@@ -215,7 +224,17 @@ def judge_table(result):
                   "characters"], rows) + f"<p>{note}</p>"
 
 
-TABLES = {"gvm": gvm_table, "policy": policy_table, "judge": judge_table}
+def plain_table(key):
+    """Of a result with a dict of dicts of numbers under `key`."""
+    def rows_of(result):
+        names = list(dict.fromkeys(name for row in result[key].values() for name in row))
+        return table(["", *names], [[escape(label), *(number(row.get(name)) for name in names)]
+                                    for label, row in result[key].items()])
+    return rows_of
+
+
+TABLES = {"table": plain_table("policies"), "rank": plain_table("accuracy"), "meta": plain_table("agreement"),
+          "gvm": gvm_table, "policy": policy_table, "judge": judge_table}
 
 
 def read_json(path):
@@ -231,8 +250,8 @@ def tables_section(args):
         result = read_json(path)
         command = result.get("command") if isinstance(result, dict) else None
         if command not in TABLES:
-            raise BadInput(f"--tables {path}: not what evaluate.py gvm, evaluate.py policy or judge.py judge "
-                           f"wrote with --json; name such a file.")
+            raise BadInput(f"--tables {path}: not what evaluate.py gvm, evaluate.py policy or judge.py wrote "
+                           f"with --json; name such a file.")
         try:
             parts += [f"<h3>{escape(path)}</h3>", TABLES[command](result)]
         except (KeyError, TypeError, AttributeError, ValueError) as e:
@@ -247,6 +266,8 @@ def answers_section(args):
         return []
     questions = {q["id"]: q["turns"] for q in read_questions(args.questions)[1]} if args.questions else None
     named = named_paths("--answers", args.answers, (), "", args)
+    if len(dict(named)) < len(named):
+        raise BadInput("--answers: two of them have one name; give each its own.")
     answers = {name: read_answers(path, questions) for name, path in named}
     shared = [i for i in next(iter(answers.values())) if all(i in found for found in answers.values())]
     if not shared:
