@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import gather_rows, print0, writing
+from common import due, gather_rows, print0, writing
 from data import BadInput, one_line
 
 MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank"}  # flags that change no number
@@ -154,12 +154,11 @@ class Checkpoints:
     def after(self, step, steps, **state):
         """To be called by every rank behind every step, with what the loop carries over (JSON-able, of this
         rank). A run that was told to end, or whose launcher has died, saves and ends here."""
-        reason = self.signals.name or ("" if parents() == self.launcher else "the death of its launcher")
-        reasons = [r for r in gather_rows([reason]) if r]
-        due = self.args.save_every > 0 and (step + 1) % self.args.save_every == 0
         if step + 1 == steps:  # nothing is left but to save the model
             return
-        if reasons or due:
+        reason = self.signals.name or ("" if parents() == self.launcher else "the death of its launcher")
+        reasons = [r for r in gather_rows([reason]) if r]
+        if reasons or due(step, steps, self.args.save_every):
             path = self.save(step + 1, state)
         if reasons:
             print0(f"stopped by {reasons[0]} after step {step + 1} of {steps}: saved to {path}; "

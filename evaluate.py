@@ -410,15 +410,18 @@ def evaluate_values(args, device):
 
 # ---- policy ------------------------------------------------------------------------------------------------
 
-def open_policy(folder, tokenizer, prompts, args, device):
-    """A policy ready to answer, after checking that it shares the tokenizer and that answers fit."""
-    if tokenizer_fingerprint(load_tokenizer(folder, "--policies")) != tokenizer_fingerprint(tokenizer):
+def check_policy(folder, tokenizer, prompts, args):
+    """Whether a policy shares the tokenizer and has room for the answers, before any of them is loaded."""
+    its_own = load_tokenizer(folder, "--policies")
+    context = check_model(folder, its_own, "--policies")
+    if tokenizer_fingerprint(its_own) != tokenizer_fingerprint(tokenizer):
         raise BadInput(f"--policies {folder}: another tokenizer than the first policy's; compare one family.")
-    policy = load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policies").to(device).eval()
-    context = getattr(policy.config, "max_position_embeddings", 10**9)
     if max(len(row["prompt_ids"]) for row in prompts) + args.response_length > context:
         raise BadInput(f"--response_length: the longest prompt leaves less of {folder}'s {context} tokens.")
-    return policy
+
+
+def open_policy(folder, tokenizer, args, device):
+    return load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policies").to(device).eval()
 
 
 @torch.no_grad()
@@ -438,7 +441,7 @@ def sequence_logprobs(policy, rows, tokenizer, args, device):
 
 def answers_of(folder, prompts, truth, tokenizer, args, device):
     """One policy's answers, with log-probs and true rewards. The model is let go of when this returns."""
-    policy = open_policy(folder, tokenizer, prompts, args, device)
+    policy = open_policy(folder, tokenizer, args, device)
     seeds = [int(keyed_rng(args.seed, 2, i).integers(2**62)) for i in range(len(prompts))]  # for all policies
     answers = generate(policy, [row["prompt_ids"] for row in prompts], seeds, args.response_length,
                        args.temperature, tokenizer, device, batch=args.micro_batch)
@@ -484,6 +487,12 @@ def policy_report(rows, first):
     return report
 
 
+def held_out_prompts(args):
+    """{text: record} of the prompts of --data that are in the test share, each once."""
+    records = {prompt_text(r["prompt"]): r for r in read_data(args.data, args.allow_dropped)}
+    return {text: r for text, r in records.items() if split_of(text, args.split_seed) == "test"}
+
+
 def evaluate_policy(args, device):
     """One model is in memory at a time: the policies in turn, then the reference, then each scorer."""
     named = named_paths("--policies", args.policies, ("sft", "dvpo", "ppo"), "config.json", args)
@@ -492,25 +501,24 @@ def evaluate_policy(args, device):
     first, reference = named[0]
     truth = load_plug(args.truth_fn, "--truth_fn") if args.truth_fn else None
     tokenizer = load_tokenizer(reference, "--policies")
-    for _, folder in named:  # before the first of them answers
-        check_model(folder, load_tokenizer(folder, "--policies"), "--policies")
     if args.reward_model:
         check_model(args.reward_model, load_tokenizer(args.reward_model, "--reward_model"), "--reward_model",
                     head=True)
     if args.value_model:
         gvm_settings(args.value_model)
-    records = {prompt_text(r["prompt"]): r for r in read_data(args.data, args.allow_dropped)}
     rows = [{"prompt": r["prompt"], "group": r["group"], "prompt_ids": chat_ids(tokenizer, r["prompt"])}
-            for text, r in records.items() if split_of(text, args.split_seed) == "test"]
+            for r in held_out_prompts(args).values()]
     short = [row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_length]
     print(f"--max_prompt_length {args.max_prompt_length} keeps {len(short)} of {len(rows)} held-out prompts")
     if not short:
         raise BadInput(f"--data {args.data}: no held-out prompt is within --max_prompt_length.")
     prompts = some(short, args.prompts, args.seed)
+    for _, folder in named:
+        check_policy(folder, tokenizer, prompts, args)
     answers = {name: answers_of(folder, prompts, truth, tokenizer, args, device) for name, folder in named}
     rows = [row for found in answers.values() for row in found]
     if args.temperature > 0:  # KL = mean over y ~ pi of log pi(y | x) - log pi_ref(y | x)
-        policy = open_policy(reference, tokenizer, prompts, args, device)
+        policy = open_policy(reference, tokenizer, args, device)
         for row, logp in zip(rows, sequence_logprobs(policy, rows, tokenizer, args, device)):
             row["kl"] = row["logp"] - logp
         del policy
@@ -556,6 +564,14 @@ def mean_and_band(metric, label, seeds):
     return steps, values.mean(0), values.std(0)
 
 
+def draw_band(axis, metric, label, seeds):
+    """The line of a label and its band; returns what mean_and_band does."""
+    steps, mean, std = mean_and_band(metric, label, seeds)
+    line, = axis.plot(steps, mean, label=label, marker="o" if len(steps) == 1 else None)
+    axis.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
+    return steps, mean, std
+
+
 def evaluate_plot(args, device):
     from matplotlib.figure import Figure
     runs, result = defaultdict(dict), defaultdict(dict)
@@ -568,9 +584,7 @@ def evaluate_plot(args, device):
     figure = Figure(figsize=(7, 3 * len(metrics)), layout="constrained")
     for axis, metric in zip(figure.subplots(len(metrics), squeeze=False).flat, metrics):
         for label, seeds in runs.items():
-            steps, mean, std = mean_and_band(metric, label, seeds)
-            line, = axis.plot(steps, mean, label=label, marker="o" if len(steps) == 1 else None)
-            axis.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
+            steps, mean, _ = draw_band(axis, metric, label, seeds)
             result[metric][label] = {"seeds": len(seeds), "steps": len(steps), "first": float(mean[0]),
                                      "last": float(mean[-1]), "highest": float(mean.max())}
         axis.set(title=metric, xlabel="step")
@@ -590,6 +604,11 @@ def named_paths(flag, specs, stages, file, args):
     specs = specs or [f"{stage}={runs / stage}" for stage in stages if (runs / stage / file).exists()]
     if not specs:
         raise BadInput(f"{runs} holds no {' or '.join(stages)} yet: train one, or give {flag} name=path.")
+    return split_words(flag, specs)
+
+
+def split_words(flag, specs):
+    """[[name, path]] of name=path words."""
     for spec in specs:
         if not re.fullmatch("[^=]+=.+", spec):
             raise BadInput(f"{flag} {spec}: expected name=path, as in dvpo=runs/toy/dvpo.")

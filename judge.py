@@ -48,8 +48,8 @@ from tqdm import tqdm  # comes with transformers
 from checkpoint import fingerprint
 from common import (answer_ids, chat_ids, check_model, command_args, generate, gvm_settings, init_distributed,
                     keyed_rng, load_gvm, load_policy, load_reward_model, load_tokenizer, reward_scores)
-from data import BadInput, one_line, preference_pair, prompt_text, read_data, read_rows, split_of
-from evaluate import Gvm, accuracy, hits, named_paths, show, some, token_values
+from data import BadInput, one_line, preference_pair, prompt_text, read_data, read_rows
+from evaluate import Gvm, accuracy, held_out_prompts, hits, named_paths, show, some, token_values
 
 
 @dataclass
@@ -127,14 +127,13 @@ def read_questions(path):
 
 def held_out_questions(args):
     """The held-out prompts of --data, as questions of one turn; earlier turns of a chat come before it."""
-    records = {prompt_text(r["prompt"]): r for r in read_data(args.data, args.allow_dropped)}
-    texts = [text for text in records if split_of(text, args.split_seed) == "test"]
-    if not texts:
+    records = held_out_prompts(args)
+    if not records:
         raise BadInput(f"--data {args.data}: no prompt of it is held out; give more data.")
     return "prompts", [{"id": hashlib.sha256(text.encode()).hexdigest()[:16], "category": "",
                         "turns": [records[text]["prompt"][-1]["content"]],
                         "before": records[text]["prompt"][:-1], "row": {}}
-                       for text in some(texts, args.prompts, args.seed)]
+                       for text in some(list(records), args.prompts, args.seed)]
 
 
 def markdown_of(text):
@@ -226,26 +225,34 @@ def write_whole(path, text):
     os.replace(part, path)
 
 
+def answers_file(args, kind, name):
+    suffix = "json" if kind == "alpaca_eval" else "jsonl"
+    return Path("runs") / Path(args.model).name / "answers" / f"{name}.{suffix}"
+
+
 def generate_answers(args, device):
     folder = args.policy or str(Path("runs") / Path(args.model).name / "dvpo")
     name = args.name or Path(folder).name
     kind, questions = read_questions(args.questions) if args.questions else held_out_questions(args)
-    suffix = "json" if kind == "alpaca_eval" else "jsonl"
-    out = Path(args.out or Path("runs") / Path(args.model).name / "answers" / f"{name}.{suffix}")
+    out = Path(args.out or answers_file(args, kind, name))
     asked = hashlib.sha256(json.dumps([(q["id"], q["turns"]) for q in questions]).encode()).hexdigest()[:16]
     settings = {"policy": folder, "weights": fingerprint(folder), "name": name, "kind": kind,
                 "questions": asked, "seed": args.seed,
                 "temperature": args.temperature, "response_length": args.response_length, "dtype": args.dtype}
     partial, record = (out.with_name(f"{out.name}.{part}") for part in ("partial.jsonl", "settings.json"))
-    done, size = {"settings": settings, "rows": {}}, 0
+    done, size = {}, 0
     if record.exists():
-        (then, *_), _ = kept_lines(record)
-        differ = [key for key in settings if then.get(key) != settings[key]]
+        try:
+            then = json.loads(record.read_text())
+            differ = [key for key in settings if then.get(key) != settings[key]]
+        except (ValueError, AttributeError) as e:
+            raise BadInput(f"{record}: cannot be read ({one_line(e)}); delete it and {partial}, or name "
+                           f"another --out.") from None
         if differ:
             raise BadInput(f"--out {out}: begun with other settings ({', '.join(differ)}); delete {record} "
                            f"and {partial}, or name another file.")
         kept, size = kept_lines(partial)
-        done["rows"] = {row["id"]: row for row in kept}
+        done = {row["id"]: row for row in kept}
         if out.exists() and not partial.exists():
             print(f"{out}: all {len(questions)} answers are there, nothing is left to do")
             return {"answers": str(out), "questions": len(questions)}
@@ -253,13 +260,13 @@ def generate_answers(args, device):
     context = check_model(folder, tokenizer, "--policy")
     policy = load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policy").to(device).eval()
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(record, json.dumps(settings) + "\n")
+    write_whole(record, json.dumps(settings, indent=1))
     groups = defaultdict(list)
     for question in questions:
-        if question["id"] not in done["rows"]:
+        if question["id"] not in done:
             own = SAMPLING.get(question["category"], 0.0) if kind == "mt_bench" else 0.0
             groups[own if args.temperature is None else args.temperature].append(question)
-    with appended(partial, size) as f, tqdm(total=len(questions), initial=len(done["rows"]), desc="answers",
+    with appended(partial, size) as f, tqdm(total=len(questions), initial=len(done), desc="answers",
                                             disable=None) as bar:
         for temperature, group in groups.items():
             for i in range(0, len(group), args.micro_batch):
@@ -268,11 +275,11 @@ def generate_answers(args, device):
                 for question, (texts, tokens, short) in zip(part, found):
                     row = {"id": question["id"], "answers": texts, "tokens": tokens, "short": short,
                            "when": time.time()}
-                    done["rows"][row["id"]] = row
+                    done[row["id"]] = row
                     f.write(json.dumps(row, ensure_ascii=False) + "\n")
                 f.flush()
                 bar.update(len(part))
-    rows = [done["rows"][question["id"]] for question in questions]
+    rows = [done[question["id"]] for question in questions]
     written = [tool_row(kind, q, name, row["answers"], row["tokens"], row["when"])
                for q, row in zip(questions, rows)]
     if kind == "mt_bench":  # FastChat's own files are in this order
@@ -398,7 +405,7 @@ class Endpoint:
         self.args = args
 
     def __call__(self, messages):
-        from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
+        from huggingface_hub.errors import HfHubHTTPError
         for attempt in range(self.args.retries + 1):
             wait = min(60, 2 ** attempt)
             try:
@@ -415,9 +422,7 @@ class Endpoint:
                     raise Failed(self.without_key(e)) from None
                 asked = e.response.headers.get("retry-after", "")
                 wait, last = float(asked) if asked.isdigit() else wait, self.without_key(e)
-            except (InferenceTimeoutError, OSError) as e:
-                last = self.without_key(e)
-            except Exception as e:  # no JSON, no choices: no such endpoint, or an overloaded one
+            except Exception as e:  # a timeout, no connection; or no JSON, no choices: an overloaded endpoint
                 last = self.without_key(e)
             if attempt < self.args.retries:
                 time.sleep(min(wait, 60))
@@ -479,9 +484,15 @@ def key_of(messages, args):
                           .encode()).hexdigest()[:32]
 
 
-def ask_all(requests, args, ask=None):
-    """The judge's texts on all requests, {key: text}, from --verdicts or asked now, and {reason: number} of
-    those that failed. requests: {key: messages};  ask: function messages -> text in place of the endpoint"""
+def ask_all(wanted, mode, args, ask=None):
+    """What the judge says on all requests, from --verdicts or asked now.
+
+    wanted: {slot: messages}, where two slots may ask the same
+    ask: function messages -> text in place of the endpoint
+    returns {slot: verdict or None}, and the numbers of requests; a dry run has no verdicts
+    """
+    keys = {slot: key_of(messages, args) for slot, messages in wanted.items()}
+    requests = {keys[slot]: messages for slot, messages in wanted.items()}
     path = Path(args.verdicts)
     rows, size = kept_lines(path)
     texts = {row["key"]: row["text"] for row in rows if row.get("key") in requests}
@@ -489,21 +500,26 @@ def ask_all(requests, args, ask=None):
     letters = sum(len(m["content"]) for messages in todo.values() for m in messages)
     print(f"{len(requests)} requests, {len(requests) - len(todo)} of them answered in {path}; {len(todo)} to "
           f"ask: about {letters // 4} tokens to read and at most {len(todo) * args.judge_tokens} to write")
-    if args.dry_run or not todo:
-        return texts, Counter()
-    with appended(path, size) as f:
-        def keep(key, text):
-            texts[key] = text
-            row = {"key": key, "judge": args.judge_model, "text": text}
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
-            f.flush()
-        if ask or args.judge_url:
-            failed = ask_endpoint(todo, ask or Endpoint(args), args.parallel, keep)
-        else:
-            failed = ask_local(todo, args, keep)
+    if args.dry_run:
+        return {}, {"requests": len(requests), "to_ask": len(todo)}
+    failed = {}
+    if todo:
+        with appended(path, size) as f:
+            def keep(key, text):
+                texts[key] = text
+                row = {"key": key, "judge": args.judge_model, "text": text}
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                f.flush()
+            if ask or args.judge_url:
+                failed = ask_endpoint(todo, ask or Endpoint(args), args.parallel, keep)
+            else:
+                failed = ask_local(todo, args, keep)
     for reason, count in failed.items():
         print(f"warning: {count} requests failed ({reason}); the same command asks them again")
-    return texts, failed
+    said = {slot: verdict(mode, texts.get(key)) for slot, key in keys.items()}
+    unread = sum(said[slot] is None and key in texts for slot, key in keys.items())
+    return said, {"judge": args.judge_model, "mode": mode, "requests": len(requests),
+                  "failed": sum(failed.values()), "unread": unread}
 
 
 # ---- statistics --------------------------------------------------------------------------------------------
@@ -619,27 +635,20 @@ def judge_answers(args, ask=None):
     ids = sorted(shared, key=str)
     slots = [(i, turn) for i in ids for turn in range(len(answers[names[0]][i]["turns"]))]
 
-    keys, requests = {}, {}
+    wanted = {}
     for i, turn in slots:
-        for name in names:
-            if args.mode != "pair":
-                wanted = {(name, i, turn): single_request(args.mode, answers[name][i], turn)}
-            elif name != other[0]:
-                ours, theirs = answers[name][i], answers[other[0]][i]
-                wanted = {(name, i, turn, 0): pair_request(ours, theirs, turn),
-                          (name, i, turn, 1): pair_request(theirs, ours, turn)}
-            else:
-                continue
-            for slot, messages in wanted.items():
-                keys[slot] = key_of(messages, args)
-                requests[keys[slot]] = messages
-    texts, failed = ask_all(requests, args, ask)
+        if args.mode == "pair":
+            theirs = answers[other[0]][i]
+            for name, _ in named:
+                wanted[name, i, turn, 0] = pair_request(answers[name][i], theirs, turn)
+                wanted[name, i, turn, 1] = pair_request(theirs, answers[name][i], turn)
+        else:
+            for name in names:
+                wanted[name, i, turn] = single_request(args.mode, answers[name][i], turn)
+    said, asked = ask_all(wanted, args.mode, args, ask)
     if args.dry_run:
-        return {"requests": len(requests), "to_ask": len(requests) - len(texts)}
-    said = {slot: verdict(args.mode, texts.get(key)) for slot, key in keys.items()}
-    unread = sum(said[slot] is None and key in texts for slot, key in keys.items())
-    result = {"judge": args.judge_model, "mode": args.mode, "requests": len(requests),
-              "failed": sum(failed.values()), "unread": unread, "policies": {}}
+        return asked
+    result = {**asked, "policies": {}}
     for name in names:
         if other and name == other[0] and args.mode == "pair":
             continue
@@ -672,7 +681,7 @@ def judge_the_judge(args, ask=None):
     check_judge(args)
     if not args.labels:
         raise BadInput("--labels: name a file with rows of input, output_1, output_2 and label.")
-    rows, keys, requests = [], {}, {}
+    rows, wanted = [], {}
     for where, row in read_rows(args.labels):
         texts = [row.get(name) for name in ("input", "output_1", "output_2")]
         if not all(isinstance(text, str) for text in texts) or repr(row.get("label")) not in ("1", "2"):
@@ -682,19 +691,13 @@ def judge_the_judge(args, ask=None):
         rows.append({"source": str(row.get("source", "")), "input": texts[0], "good": good, "bad": bad})
     for n, row in enumerate(rows):
         sides = [{"turns": [row["input"]], "answers": [row[side]]} for side in ("good", "bad")]
-        for order, pair in enumerate((sides, sides[::-1])):
-            messages = pair_request(*pair, 0)
-            keys[n, order] = key_of(messages, args)
-            requests[keys[n, order]] = messages
-    texts, failed = ask_all(requests, args, ask)
+        wanted.update({(n, 0): pair_request(*sides, 0), (n, 1): pair_request(*sides[::-1], 0)})
+    said, asked = ask_all(wanted, "pair", args, ask)
     if args.dry_run:
-        return {"requests": len(requests), "to_ask": len(requests) - len(texts)}
-    said = [[verdict("pair", texts.get(keys[n, order])) for order in (0, 1)] for n in range(len(rows))]
-    outcomes = [of_both_orders(*pair) for pair in said]
-    result = {"judge": args.judge_model, "pairs": len(rows), "failed": sum(failed.values()),
-              "unread": sum(v is None and keys[n, order] in texts for n, pair in enumerate(said)
-                            for order, v in enumerate(pair)),
-              "position": position_bias([tuple(pair) for pair in said]), "agreement": {}}
+        return asked
+    verdicts = [(said[n, 0], said[n, 1]) for n in range(len(rows))]
+    outcomes = [of_both_orders(*pair) for pair in verdicts]
+    result = {**asked, "pairs": len(rows), "position": position_bias(verdicts), "agreement": {}}
     for source in ["all", *sorted({row["source"] for row in rows})]:
         kept = [(outcome, row["input"]) for outcome, row in zip(outcomes, rows)
                 if outcome is not None and source in ("all", row["source"])]
@@ -712,26 +715,24 @@ def paper_table(args, ask=None):
     benchmarks = []
     for spec in args.benchmarks:  # all are read before the first answer is sampled
         baseline, _, path = spec.rpartition("=")
-        kind, _ = read_questions(path)
+        kind, questions = read_questions(path)
         baseline = baseline or (path if kind == "alpaca_eval" else "")
         if kind == "arena_hard" and not baseline:
             raise BadInput(f"--benchmarks {path}: name the baseline's answers, too: answers.jsonl={path}.")
         if baseline and kind != "mt_bench":
             read_answers(baseline)
-        benchmarks.append((kind, path, baseline))
-    folder = Path("runs") / Path(args.model).name / "answers"
+        benchmarks.append((kind, path, baseline, sum(len(question["turns"]) for question in questions)))
     result = {"judge": args.judge_model, "policies": {}}
-    for kind, path, baseline in benchmarks:
+    if args.dry_run:  # a grade a turn, or two orders of a pair
+        result["policies"]["each"] = {f"{kind}: requests": turns * (1 if kind == "mt_bench" else 2)
+                                      for kind, _, _, turns in benchmarks}
+        return result
+    device = init_distributed()[2]
+    for kind, path, baseline, _ in benchmarks:
         files = []
-        if args.dry_run:  # a grade a turn, or two orders of a pair
-            turns = sum(len(question["turns"]) for question in read_questions(path)[1])
-            requests = turns * (1 if kind == "mt_bench" else 2)
-            result["policies"].setdefault("each", {})[f"{kind}: requests"] = requests
-            continue
         for name, policy in policies:
-            out = folder / kind / f"{name}.{'json' if kind == 'alpaca_eval' else 'jsonl'}"
-            generate_answers(replace(args, policy=policy, name=name, questions=path, out=str(out)),
-                             init_distributed()[2])
+            out = answers_file(args, kind, f"{kind}/{name}")
+            generate_answers(replace(args, policy=policy, name=name, questions=path, out=str(out)), device)
             files.append(f"{name}={out}")
         if kind == "mt_bench":
             found = judge_answers(replace(args, answers=files, against="", mode="grade", questions=path), ask)

@@ -26,7 +26,7 @@ import numpy as np
 
 from common import parse_args
 from data import BadInput, one_line, text_of
-from evaluate import limit_of, mean_and_band, named_paths, read_metrics, token_spans
+from evaluate import draw_band, limit_of, named_paths, read_metrics, split_words, token_spans
 from judge import read_answers, read_questions
 
 
@@ -116,10 +116,7 @@ def curves(runs, metrics):
         def on(axis):
             for label, seeds in runs.items():
                 if all(metric in curves for curves in seeds.values()):
-                    steps, mean, std = mean_and_band(metric, label, seeds)
-                    line, = axis.plot(steps, mean, label=label, marker="o" if len(steps) == 1 else None)
-                    axis.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.2,
-                                      linewidth=0)
+                    draw_band(axis, metric, label, seeds)
         return on
     return "\n".join(figure(draw(metric), metric, "step") for metric in metrics)
 
@@ -265,7 +262,7 @@ def answers_section(args):
     if not args.answers:
         return []
     questions = {q["id"]: q["turns"] for q in read_questions(args.questions)[1]} if args.questions else None
-    named = named_paths("--answers", args.answers, (), "", args)
+    named = split_words("--answers", args.answers)
     if len(dict(named)) < len(named):
         raise BadInput("--answers: two of them have one name; give each its own.")
     answers = {name: read_answers(path, questions) for name, path in named}

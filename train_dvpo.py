@@ -469,8 +469,9 @@ def main(args):
     truth = load_plug(args.truth_fn, "--truth_fn") if args.truth_fn else None
     config = ds_config(args.ds_config, args.micro_batch, args.max_grad_norm)
     tokenizer = load_tokenizer(sft, "--sft_model")
-    check_model(sft, tokenizer, "--sft_model", args.max_prompt_length + args.response_length,
-                f"--max_prompt_length {args.max_prompt_length} + --response_length {args.response_length}")
+    tokens = args.max_prompt_length + args.response_length
+    asked = f"--max_prompt_length {args.max_prompt_length} + --response_length {args.response_length}"
+    check_model(sft, tokenizer, "--sft_model", tokens, asked)
     models = [sft]
     if args.value_fn and args.value_model:
         raise BadInput("--value_fn and --value_model both give the values: leave one out.")
@@ -482,10 +483,9 @@ def main(args):
         settings = gvm_settings(folder)
         check_model(settings["base_model"], tokenizer, f"base model of --value_model {folder}:")
         models += [folder, settings["base_model"]]
-        if args.max_prompt_length + args.response_length > settings["context"]:
-            raise BadInput(f"--max_prompt_length {args.max_prompt_length} + --response_length "
-                           f"{args.response_length}: more than the {settings['context']} tokens that "
-                           f"--value_model {folder} can read: lower one.")
+        if tokens > settings["context"]:
+            raise BadInput(f"{asked}: more than the {settings['context']} tokens that --value_model {folder} "
+                           f"can read: lower one.")
         if settings["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
             raise BadInput(f"--value_model {folder}: it was trained with another tokenizer than {sft} has; "
                            f"train a GVM on this SFT model.")

@@ -559,11 +559,9 @@ def main(args):
         raise BadInput("--reward_fn and --reward_model both give the reward: leave one out.")
     if args.reward_fn:
         rm, plug = sft, load_plug(args.reward_fn, "--reward_fn")
-        reward = lambda rows: [float(x) for x in plug(rows, engine, tokenizer)]
     else:
         rm = stage_folder(args.model, "rm", args.reward_model, "--reward_model",
                           f"train_rm.py --model {args.model}")
-        reward = lambda rows: model_scores(reward_model, rows, tokenizer, args, device)
     check_models(args, sft, rm, tokenizer)
     out = output_folder(args, "ppo")
     train, test = rl_prompts(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
@@ -571,6 +569,10 @@ def main(args):
 
     build = shared_models if args.share_base else separate_models
     engine, critic, reference, reward_model, engines = build(args, sft, rm, tokenizer, config, device)
+    if args.reward_fn:
+        reward = lambda rows: [float(x) for x in plug(rows, engine, tokenizer)]
+    else:
+        reward = lambda rows: model_scores(reward_model, rows, tokenizer, args, device)
     start, state = run.resume(engines)
     log = MetricLog(out, show=["objective/true_reward", "objective/kl", "objective/kl_coef",
                                "objective/scores", "completions/mean_length", "policy/clipfrac_avg",

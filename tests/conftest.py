@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import random
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +102,22 @@ def clean_env():
     """The environment for a fresh process: without the process group that this one has joined."""
     return {k: v for k, v in os.environ.items()
             if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE")}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(words, ranks=1, log=subprocess.PIPE):
+    """A run as a process group of its own, under the launcher on several ranks; its output goes into a pipe, or
+    into the file `log`."""
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port",
+                str(free_port())]
+    return subprocess.Popen((launcher if ranks > 1 else [sys.executable]) + list(map(str, words)), cwd=ROOT,
+                            env=clean_env(), text=True, start_new_session=True,
+                            stdout=log if log is subprocess.PIPE else open(log, "w"), stderr=subprocess.STDOUT)
 
 
 def fingerprint(model):

@@ -23,17 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from conftest import clean_env
+from conftest import start
 from test_resume import numbers, weights
-
-
-def start(words, ranks, log=subprocess.PIPE):
-    """A run as a process group of its own; its output goes into a pipe, or into the file `log`."""
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port",
-                str(random.randrange(20000, 30000))]
-    return subprocess.Popen((launcher if ranks > 1 else [sys.executable]) + list(map(str, words)), cwd=ROOT,
-                            env=clean_env(), text=True, start_new_session=True,
-                            stdout=log if log is subprocess.PIPE else open(log, "w"), stderr=subprocess.STDOUT)
 
 
 def whole(words, ranks):

@@ -25,6 +25,7 @@ from checkpoint import Checkpoints, checksum_of, size_and_checksum
 from common import base_of, check_model, ds_config, gvm_settings, load_tokenizer, parse_args, reward_scale
 from conftest import FP32, ROOT, WORDS, clean_env, feedback_rows, run_stage, tiny_llama, word_tokenizer, write_jsonl
 from data import BadInput, split_of
+from test_data import damaged
 
 ROWS = feedback_rows()
 PAIRS = [{"prompt": row["instruction"], "chosen": "yes .", "rejected": "no ."} for row in ROWS]
@@ -400,18 +401,6 @@ def test_what_is_odd_but_right_goes_through(world, capsys):
     run_stage(sft, **{**world.flags[sft], "data": file(world, text), "max_steps": 1})
     shown = capsys.readouterr().out
     assert "dropped 1 (" in shown and "63 ultrafeedback rows" in shown
-
-
-ODD = [None, True, 0, -3, 1.5, float("nan"), 10**400, "", "x", "\ud800", [], {}, [[]], {"a": {}}]
-
-
-def damaged(value, draw):
-    """A copy of a JSON value in which some parts are replaced or removed."""
-    if draw.random() < 0.15:
-        return draw.choice(ODD)
-    if isinstance(value, dict):
-        return {key: damaged(part, draw) for key, part in value.items() if draw.random() > 0.1}
-    return [damaged(part, draw) for part in value] if isinstance(value, list) else value
 
 
 def refuse(wrong):

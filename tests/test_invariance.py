@@ -4,7 +4,6 @@ then a wrong denominator shows."""
 
 import json
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ import train_ppo
 import train_rm
 import worker_ranks
 from common import answer_ids, chat_ids, load_policy, load_tokenizer
-from conftest import ROOT, clean_env, feedback_rows, metrics, recorded, run_stage, write_jsonl
+from conftest import ROOT, clean_env, feedback_rows, free_port, metrics, recorded, run_stage, write_jsonl
 
 # Seconds; a launch takes 15, and a minute or more where DeepSpeed still has to compile its CPU library
 LAUNCH_TIMEOUT = 400
@@ -29,9 +28,7 @@ LAUNCH_TIMEOUT = 400
 def deepspeed_ranks(*command):
     """Run a script on two ranks with the real launcher."""
     launcher = Path(sys.executable).parent / "deepspeed"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, launcher, "--num_gpus", "2", "--master_port", str(port), *map(str, command)]
     done = subprocess.run(command, cwd=ROOT, env=clean_env(), timeout=LAUNCH_TIMEOUT, text=True,
                           capture_output=True)

@@ -262,20 +262,25 @@ def test_unparsable_slow_429_and_500(files, serve, tmp_path, capsys):
     assert len(server.calls) == before + 2 and again["policies"] == result["policies"]  # the two 400 only
 
 
-def test_nothing_is_lost_or_asked_twice_after_a_kill(files, serve, monkeypatch):
-    server, seen = serve(likes_good), []
-    straight = judge.ask_endpoint
+def ask_until(verdicts, monkeypatch, server, files, *more):
+    """Ctrl-C meets the judge when it has kept so many verdicts."""
+    straight, seen = judge.ask_endpoint, []
 
     def dies(todo, ask, parallel, keep):
         def keep_and_die(key, text):
             keep(key, text)
             seen.append(key)
-            if len(seen) == 5:
+            if len(seen) == verdicts:
                 raise KeyboardInterrupt
         return straight(todo, ask, parallel, keep_and_die)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(judge, "ask_endpoint", dies)
-        ask(server, files, "--parallel", 1)
+        ask(server, files, *more)
+
+
+def test_nothing_is_lost_or_asked_twice_after_a_kill(files, serve, monkeypatch):
+    server = serve(likes_good)
+    ask_until(5, monkeypatch, server, files, "--parallel", 1)
     with open("verdicts.jsonl", "a") as f:
         f.write('{"key": "cut sh')
     assert 5 <= len(server.calls) < 12
@@ -288,18 +293,7 @@ def test_what_is_under_way_when_the_judge_ends_is_kept(files, serve, monkeypatch
     """Eight requests at a time; the third verdict meets Ctrl-C: the others that were asked are paid for, and so
     kept, and not asked again."""
     server = serve(lambda number, messages: 0.3 if number > 3 else likes_good(number, messages))
-    straight, seen = judge.ask_endpoint, []
-
-    def dies(todo, ask, parallel, keep):
-        def keep_and_die(key, text):
-            keep(key, text)
-            seen.append(key)
-            if len(seen) == 3:
-                raise KeyboardInterrupt
-        return straight(todo, ask, parallel, keep_and_die)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(judge, "ask_endpoint", dies)
-        ask(server, files)
+    ask_until(3, monkeypatch, server, files)
     asked = len(server.calls)
     assert 3 < asked <= 12 and len(Path("verdicts.jsonl").read_text().splitlines()) == asked
     ask(server, files)

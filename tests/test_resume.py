@@ -23,7 +23,7 @@ import train_dvpo
 import train_gvm
 import train_ppo
 import train_rm
-from conftest import ROOT, clean_env, metrics, recorded, run_stage
+from conftest import metrics, recorded, run_stage, start
 from data import BadInput
 
 STAGES = {"sft": sft, "gvm": train_gvm, "dvpo": train_dvpo, "rm": train_rm, "ppo": train_ppo}
@@ -465,14 +465,10 @@ def test_a_gradient_that_is_not_finite_ends_the_run(zero, flags, tmp_path, monke
 
 # ---- signals, with real processes ----
 
-def start(stage, run, ranks=0):
-    """A fresh process of a stage; under the launcher when `ranks` is given."""
-    words = [str(word) for name, value in run.items() for word in (f"--{name}", value)]
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port",
-                str(29200 + os.getpid() % 300)]
-    command = (launcher if ranks else [sys.executable]) + [f"{stage.__name__}.py", *words]
-    return subprocess.Popen(command, cwd=ROOT, env=clean_env(), text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def start_stage(stage, run, ranks=1):
+    """A fresh process of a stage."""
+    return start([f"{stage.__name__}.py", *(word for name, value in run.items() for word in (f"--{name}", value))],
+                 ranks)
 
 
 def wait_for_steps(folder, steps, process, timeout=400):
@@ -489,7 +485,7 @@ def test_a_signal_saves_and_ends(number, flags, chain, baseline, tmp_path):
     """With SIGINT and SIGTERM within 10 ms, as the launcher passes Ctrl-C on, too: that is one."""
     run = flags_of("dvpo", flags, chain, baseline, max_steps=12, save_every=0)
     run_stage(train_dvpo, **run, output_dir=tmp_path / "straight")
-    process = start(train_dvpo, {**run, "max_steps": 12, "output_dir": tmp_path / "told"})
+    process = start_stage(train_dvpo, {**run, "max_steps": 12, "output_dir": tmp_path / "told"})
     wait_for_steps(tmp_path / "told", 1, process)
     process.send_signal(number)
     if number == signal.SIGINT:
@@ -509,7 +505,7 @@ def test_sigkill_in_the_middle_of_a_save(flags, chain, baseline, tmp_path):
     """Nothing of ours runs any more. tests/kill_runs.py is the long form."""
     run = flags_of("dvpo", flags, chain, baseline, max_steps=40, save_every=1)
     run_stage(train_dvpo, **{**run, "save_every": 0}, output_dir=tmp_path / "straight")
-    process = start(train_dvpo, {**run, "output_dir": tmp_path / "killed"})
+    process = start_stage(train_dvpo, {**run, "output_dir": tmp_path / "killed"})
     wait_for_steps(tmp_path / "killed", 3, process)
     while process.poll() is None and not any((tmp_path / "killed/checkpoints").glob(".saving*")):
         pass
@@ -541,7 +537,7 @@ def test_the_ranks_end_when_their_launcher_alone_is_killed(number, flags, chain,
     """Two ranks under ZeRO-3; they save what they have."""
     run = {**flags_of("dvpo", flags, chain, baseline, max_steps=500, save_every=0),
            "ds_config": "ds_configs/zero3.json", "output_dir": tmp_path}
-    process = start(train_dvpo, run, ranks=2)
+    process = start_stage(train_dvpo, run, ranks=2)
     wait_for_steps(tmp_path, 2, process)
     process.send_signal(number)
     text, _ = process.communicate(timeout=90)  # the ranks hold its output open until they end
@@ -556,7 +552,7 @@ def test_the_others_end_when_a_rank_dies(flags, chain, baseline, tmp_path):
     """Within seconds, with a sentence and no traceback, and leave a checkpoint to go on from."""
     import psutil  # DeepSpeed brings it
     run = {**flags_of("dvpo", flags, chain, baseline, max_steps=500, save_every=1), "output_dir": tmp_path}
-    process = start(train_dvpo, run, ranks=2)
+    process = start_stage(train_dvpo, run, ranks=2)
     wait_for_steps(tmp_path, 3, process)
     rank, = {child for child in psutil.Process(process.pid).children(recursive=True)
              if "--local_rank=1" in child.cmdline()}
