@@ -110,11 +110,12 @@ LIMITS = {  # flag: smallest and largest value, in every script that has it
     **dict.fromkeys(("lr", "critic_lr", "warmup_steps", "critic_warmup", "max_grad_norm", "eval_every",
                      "sample_every", "save_every", "eval_pairs", "eval_prompts", "seed", "split_seed", "k",
                      "lora_r", "kl_coef", "kl_target", "early_stop_kl", "temperature"), (0, MOST)),
+    "label_smoothing": (0, 0.5),
     **dict.fromkeys(("epochs", "lora_alpha", "max_length", "max_prompt_length", "response_length", "keep",
                      "kl_horizon", "tau_question_tokens", "tau_answer_tokens", "pairs", "prompts", "examples",
                      "reference_rows", "micro_batch"), (1, MOST)),
     **dict.fromkeys(("gamma", "lam", "gae_lam", "tau_warmup", "lora_dropout"), (0, 1)),
-    **dict.fromkeys(("cliprange", "cliprange_value"), (1e-6, MOST)),
+    **dict.fromkeys(("cliprange", "cliprange_value", "beta"), (1e-6, MOST)),
     **dict.fromkeys(("missing_eos_penalty", "score_min", "score_max"), (-MOST, MOST)),
     "max_steps": (-1, MOST)}
 

@@ -221,8 +221,13 @@ def appended(path, size=None):
 def write_whole(path, text):
     """The file has its old content or all of the new."""
     part = path.with_name(f".{path.name}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(part, path)
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written ({one_line(e)}); make room or name another; the same "
+                       f"command goes on.") from None
 
 
 def answers_file(args, kind, name):
@@ -259,7 +264,6 @@ def generate_answers(args, device):
     tokenizer = load_tokenizer(folder, "--policy")
     context = check_model(folder, tokenizer, "--policy")
     policy = load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policy").to(device).eval()
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(record, json.dumps(settings, indent=1))
     groups = defaultdict(list)
     for question in questions:

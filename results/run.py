@@ -1,6 +1,6 @@
 """The runs behind the tables of the README and of results/README.md, on the toy world, one command each.
 
-    python results/run.py compare          DVPO and PPO, 5 seeds (what `make compare` does)
+    python results/run.py compare          SFT, DPO, ReMax, PPO and DVPO, 5 seeds (what `make compare` does)
     python results/run.py baseline         PPO with room, against exact advantages
     python results/run.py advantage        (a) --advantage x where the values come from, and PPO
     python results/run.py lam              (b) lambda of TD(lambda)
@@ -9,6 +9,8 @@
     python results/run.py drift            (e) the frozen GVM's error on the policy as it moves
     python results/run.py frontier         (f) true reward against KL
     python results/run.py lr               the learning rates that `compare` uses were chosen by this
+    python results/run.py beta             and DPO's beta by this
+    python results/run.py instruction      the Instruction setting: label.py, then GVM and DVPO
 
 Every run is a command line of the project's own scripts, printed before it starts; --jobs of them run at a
 time, each on one core. A finished run is kept (its folder has `done`), so that an interrupted grid continues.
@@ -99,12 +101,27 @@ class Grid:
                           [sft, *([] if values == "exact" else [values])],
                           self.patched(patch) if patch else ROOT)
 
-    def ppo(self, name, seed, base, *flags):
+    def ppo(self, name, seed, base, *flags, script="train_ppo"):
+        """Also of ReMax, which asks the same of a run."""
         sft, rm = self.sft(base), None if "--reward_fn" in flags else self.rm(base)
         model = ["--reward_model", rm.folder] if rm else []
-        return self.stage(f"{name}/{seed}", "train_ppo",
+        return self.stage(f"{name}/{seed}", script,
                           ["--sft_model", sft.folder, *model, "--seed", seed, "--eval_every", 0, *flags],
                           [sft, *([rm] if rm else [])])
+
+    def dpo(self, name, seed, base, *flags):
+        sft = self.sft(base)
+        return self.stage(f"{name}/{seed}", "train_dpo",
+                          ["--sft_model", sft.folder, "--seed", seed, "--eval_every", 0, *flags], [sft])
+
+    def held_out(self, name, policies, draws=4):
+        """evaluate.py policy on them, as JSON, once for each draw of answers to the held-out prompts.
+        policies: {name: run}, the reference first"""
+        words = [f"{label}={run.folder}" for label, run in policies.items()]
+        folders = {draw: self.out / f"{name}_{draw}" for draw in range(1, draws + 1)}
+        return [self.add(folder, ["evaluate.py", "policy", *self.data[0], "--policies", *words, "--seed",
+                                  draw, "--json", folder / "policy.json"], list(policies.values()))
+                for draw, folder in folders.items()]
 
     def quality(self, gvm):
         """evaluate.py gvm on it, as JSON."""
@@ -169,6 +186,28 @@ def converged(reward):
     return int(np.argmax(smooth >= reward[0] + 0.95 * gain)) + 1 if gain > 0 else float("nan")
 
 
+def cost(run):
+    """Seconds of all steps without the truth plug, which no real run has, and tokens that were generated."""
+    rows = rows_of(run)
+    if "timing/generation" not in rows[0]:
+        return {"seconds": column(rows, "timing/step_total").sum() + rows[0].get("timing/reference", 0.0),
+                "tokens": 0}
+    answers = np.diff([0, *column(rows, "episode")])
+    tokens = [row["completions/mean_length"] + row.get("completions/greedy_length", 0.0) for row in rows]
+    return {"seconds": sum(column(rows, f"timing/{name}").sum() for name in ("generation", "score", "train")),
+            "tokens": (answers * tokens).sum()}
+
+
+def of_policies(evaluations, name, count):
+    """On the held-out prompts, of the policies name_1 .. name_count: mean true reward, KL and length over the
+    draws of answers."""
+    each = [[json.loads((run.folder / "policy.json").read_text())["policies"][f"{name}_{i + 1}"]
+             for run in evaluations] for i in range(count)]
+    return {"true reward": [np.mean([e["scores"]["truth"]["mean"] for e in draws]) for draws in each],
+            "KL": [np.mean([e["kl"]["mean"] for e in draws]) for draws in each],
+            "length": [np.mean([e["length"] for e in draws]) for draws in each]}
+
+
 def of_one_run(run):
     """The numbers of one policy-optimization run. Seconds are medians; the truth plug, which no real run has,
     is not in them."""
@@ -198,42 +237,77 @@ def spread(numbers):
 
 def save_table(name, settings, columns, decimals=3):
     """settings: {label: over_seeds}. Prints a markdown table and writes results/<name>.json."""
-    text = lambda x: " ± ".join(f"{x[k]:.{decimals}f}" for k in ("mean", "std") if x[k] is not None)
+    digits = lambda x: f"{x:.0f}" if abs(x) > 1000 else f"{x:.{decimals}f}"
+    text = lambda x: " ± ".join(digits(x[k]) for k in ("mean", "std") if x and x[k] is not None) or "-"
     print(f"\n| {name} | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for label, numbers in settings.items():
-        print(f"| {label} | " + " | ".join(text(numbers[c]) for c in columns) + " |")
+        print(f"| {label} | " + " | ".join(text(numbers.get(c)) for c in columns) + " |")
     (ROOT / "results" / f"{name}.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------
 
+# The best of five for each, and DPO's beta, on a seed that is not used again: lr() and beta()
+CHOSEN = {"DPO": ["--lr", 2e-4, "--beta", 1.0], "ReMax": ["--lr", 4e-4], "PPO": ["--lr", 1e-4],
+          "DVPO": ["--lr", 4e-4]}
+STEPS = 80  # rollout batches of PPO and DVPO; ReMax has half as many, of two answers to a prompt each
+KL = ["--kl_target", 0.4, "--kl_horizon", 500]
+
+
+def method(grid, name, folder, seed, flags):
+    """A run of one of the methods from SFT model 1, all with the same number of sampled answers."""
+    if name == "DPO":
+        return grid.dpo(folder, seed, 1, *flags)
+    if name in ("PPO", "ReMax"):
+        steps = STEPS // 2 if name == "ReMax" else STEPS
+        return grid.ppo(folder, seed, 1, "--max_steps", steps, *KL, *flags,
+                        script="train_remax" if name == "ReMax" else "train_ppo")
+    return grid.dvpo(folder, seed, 1, "--max_steps", STEPS, *KL, *flags, values=grid.gvm(1))
+
+
 def compare(grid, seeds):
-    """DVPO and PPO from one SFT policy, seeds of prompts and sampling. The reward model sees every pair of
-    unequal scores among the answers whose scores the GVM sees; of DVPO there is a second row, whose GVM sees
-    one preference pair of each four answers."""
-    started, steps = time.time(), ["--max_steps", 80, "--kl_target", 0.4, "--kl_horizon", 500]
-    scores, pairs, _ = grid.gvm(1), grid.gvm(1, "--reward", "preference"), grid.rm(1)
+    """SFT, DPO, ReMax, PPO and DVPO from one SFT policy, seeds of prompts and sampling. DPO and the reward
+    model see every pair of unequal scores among the answers whose scores the GVM sees; of DVPO there is a
+    second row, whose GVM sees one preference pair of each four answers."""
+    started = time.time()
+    models = {"reward model": grid.rm(1), "GVM": grid.gvm(1),
+              "GVM of pairs": grid.gvm(1, "--reward", "preference")}
     grid.execute()  # first, so that what is timed below runs beside nothing else than its like
-    runs = {"PPO": [], "DVPO": [], "DVPO, GVM of pairs": []}
-    for seed in seeds:  # the learning rates are the best of four for each, see lr()
-        runs["PPO"].append(grid.ppo("compare/ppo", seed, 1, *steps, "--lr", 1e-4))
-        runs["DVPO"].append(grid.dvpo("compare/dvpo", seed, 1, *steps, "--lr", 4e-4, values=scores))
-        runs["DVPO, GVM of pairs"].append(grid.dvpo("compare/dvpo_pairs", seed, 1, *steps, "--lr", 4e-4,
-                                                     values=pairs))
+    runs = {name: [] for name in (*CHOSEN, "ReMax, twice the tokens", "DVPO, GVM of pairs")}
+    for seed in seeds:
+        for name, flags in CHOSEN.items():
+            runs[name].append(method(grid, name, f"compare/{name.lower()}", seed, flags))
+        runs["ReMax, twice the tokens"].append(method(grid, "ReMax", "compare/remax_twice", seed, [
+            *CHOSEN["ReMax"], "--max_steps", STEPS]))
+        runs["DVPO, GVM of pairs"].append(grid.dvpo("compare/dvpo_pairs", seed, 1, "--max_steps", STEPS, *KL,
+                                                     *CHOSEN["DVPO"], values=models["GVM of pairs"]))
     grid.execute()
-    table = {name: over_seeds(found) for name, found in runs.items()}
-    save_table("compare", table, ["start", "reward", "gain", "kl", "length", "converged", "s_generation",
-                                  "s_score", "s_train", "s_step", "peak_gb"])
-    d, p = table["DVPO"], table["PPO"]
+    tag = lambda name: name.lower().replace(",", "").replace(" ", "_")
+    final = grid.held_out("compare/held_out", {"sft_1": grid.sft(1), **{
+        f"{tag(name)}_{i + 1}": run for name, found in runs.items() for i, run in enumerate(found)}})
+    grid.execute()
+
+    methods = {"SFT": spread(of_policies(final, "sft", 1))}
+    for name, found in runs.items():
+        methods[name] = spread({**of_policies(final, tag(name), len(found)),
+                                **{key: [cost(run)[key] for run in found] for key in ("tokens", "seconds")}})
+    save_table("methods", methods, ["true reward", "KL", "length", "tokens", "seconds"])
+    print("\nbefore that, seconds of training: " + ", ".join(f"{name} {cost(run)['seconds']:.0f}"
+                                                             for name, run in models.items()))
+    online = {name: over_seeds(found) for name, found in runs.items() if name != "DPO"}
+    save_table("compare", online, ["start", "reward", "gain", "kl", "length", "converged", "s_generation",
+                                   "s_score", "s_train", "s_step", "peak_gb"])
+    d, p = online["DVPO"], online["PPO"]
     ratio = lambda a, b, name: a[name]["mean"] / b[name]["mean"]
     print(f"\nsteps to 95 % of the own gain, DVPO / PPO: {ratio(d, p, 'converged'):.2f} "
           f"(paper 0.65 to 0.75)\nseconds a step, PPO / DVPO: "
           f"{ratio(p, d, 's_step'):.2f} (paper 1.46 to 1.77)\n"
           f"{time.time() - started:.0f} s in all")
-    figure(runs, ROOT / "results/compare.png")
+    curves = {name: runs[name] for name in online if name != "ReMax"}  # of 80 steps each
+    figure(curves, ROOT / "results/compare.png")
     with open(ROOT / "results/compare.jsonl", "w") as f:
-        for name, found in runs.items():
-            for seed, run in zip(seeds, found):
+        for name in online:
+            for seed, run in zip(seeds, runs[name]):
                 for row in rows_of(run):
                     kept = {k: row[k] for k in ("step", "objective/true_reward", "objective/kl",
                                                 "completions/mean_length", "timing/step_total")}
@@ -264,16 +338,32 @@ def figure(runs, path):
     picture.savefig(path, dpi=100)
 
 
-def lr(grid, seeds):
-    """The same budget for both methods: four learning rates of the policy, a seed that is not used again."""
-    gvm, runs = grid.gvm(1), {}
-    for rate in (5e-5, 1e-4, 2e-4, 4e-4):
-        flags = ["--lr", rate, "--max_steps", 80, "--kl_target", 0.4, "--kl_horizon", 500]
-        runs[f"DVPO {rate:g}"] = [grid.dvpo(f"lr/dvpo_{rate:g}", 11, 1, *flags, values=gvm)]
-        runs[f"PPO {rate:g}"] = [grid.ppo(f"lr/ppo_{rate:g}", 11, 1, *flags)]
+def chosen_on_seed_11(grid, name, runs):
+    """{label: run} -> a table of what they reach on the held-out prompts."""
+    tags = {label: f"{label.lower().replace(' ', '_')}_1" for label in runs}
+    final = grid.held_out(f"{name}/held_out", {"sft_1": grid.sft(1), **{tags[label]: run
+                                                                        for label, run in runs.items()}})
     grid.execute()
-    save_table("lr", {name: over_seeds(found) for name, found in runs.items()},
-               ["reward", "highest", "kl", "length"])
+    save_table(name, {label: spread(of_policies(final, tags[label][:-2], 1)) for label in runs},
+               ["true reward", "KL", "length"])
+
+
+def lr(grid, seeds):
+    """The same budget for every method: five learning rates of the policy, a seed that is not used again."""
+    runs = {}
+    for rate in (5e-5, 1e-4, 2e-4, 4e-4, 8e-4):
+        for name in CHOSEN:
+            more = ["--beta", 1.0] if name == "DPO" else []
+            runs[f"{name} {rate:g}"] = method(grid, name, f"lr/{name.lower()}_{rate:g}", 11,
+                                              ["--lr", rate, *more])
+    chosen_on_seed_11(grid, "lr", dict(sorted(runs.items())))
+
+
+def beta(grid, seeds):
+    """DPO has no controller: its beta decides how far it goes from the reference."""
+    chosen_on_seed_11(grid, "beta", {
+        f"DPO, beta {x:g}": grid.dpo(f"beta/{x:g}", 11, 1, *CHOSEN["DPO"][:2], "--beta", x)
+        for x in (0.1, 0.3, 1.0, 3.0)})
 
 
 # ---- the open questions ------------------------------------------------------------------------------------
@@ -406,9 +496,44 @@ def frontier(grid, seeds):
     save_table("frontier", table, ["reward", "highest", "kl", "length"])
 
 
+def instruction(grid, seeds):
+    """No SFT stage and no scores of the world: the start is a stronger policy (SFT and 20 steps of PPO), the
+    answers are its own and its SFT model's at six temperatures, the scores the reward model's."""
+    runs = {"start": [], "DVPO": []}
+    for seed in seeds:
+        sft, rm = grid.sft(base(seed)), grid.rm(base(seed))
+        start = grid.ppo("instruction/start", base(seed), base(seed), "--max_steps", 20)
+        folder = grid.out / f"instruction/labels/{base(seed)}"
+        file = folder / "labels.jsonl"
+        labels = grid.add(folder, [
+            "label.py", *grid.data[0], "--out", file, "--seed", base(seed), "--reward_model", rm.folder,
+            "--policies", f"start={start.folder}", f"sft={sft.folder}", "--per_prompt", 0,
+            "--temperatures", 0.5, 0.7, 0.85, 1.0, 1.15, 1.3], [start, sft, rm])
+        data = ["--data", file, "--sft_model", start.folder]
+        gvm = grid.add(grid.out / f"instruction/gvm/{base(seed)}", [
+            "train_gvm.py", *data, "--output_dir", grid.out / f"instruction/gvm/{base(seed)}", "--seed",
+            base(seed)], [labels])
+        folder = grid.out / f"instruction/dvpo/{seed}"
+        runs["DVPO"].append(grid.add(folder, [
+            "train_dvpo.py", *data, "--output_dir", folder, "--value_model", gvm.folder, "--seed", seed,
+            "--eval_every", 0, *CHOSEN["DVPO"], *KL], [gvm]))
+        runs["start"].append(start)
+    grid.execute()
+    final = grid.held_out("instruction/held_out", {f"{name}_{i + 1}".lower(): run
+                                                   for name, found in runs.items()
+                                                   for i, run in enumerate(found)})
+    grid.execute()
+    table = {name: of_policies(final, name.lower(), len(found)) for name, found in runs.items()}
+    for numbers in table.values():
+        del numbers["KL"]  # to the first seed's start, of the others
+    table["DVPO"]["KL to its start"] = [of_one_run(run)["kl"] for run in runs["DVPO"]]
+    save_table("instruction", {name: spread(numbers) for name, numbers in table.items()},
+               ["true reward", "length", "KL to its start"])
+
+
 if __name__ == "__main__":
-    experiments = {f.__name__: f for f in (compare, lr, baseline, advantage, lam, conditioning,
-                                           normalization, drift, frontier)}
+    experiments = {f.__name__: f for f in (compare, lr, beta, instruction, baseline, advantage, lam,
+                                           conditioning, normalization, drift, frontier)}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("experiment", choices=experiments)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])

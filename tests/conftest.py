@@ -159,7 +159,11 @@ def flags(models_folder, data):
               "accum_steps": 1, "ppo_epochs": 2, "max_steps": 3, "lr": 1e-3},
         rm={**common, "max_length": 64, "batch_size": 4, "micro_batch": 2, "max_steps": 6, "lr": 1e-2},
         ppo={**common, "max_prompt_length": 32, "response_length": 6, "rollout_batch": 4, "micro_batch": 2,
-             "accum_steps": 1, "ppo_epochs": 2, "max_steps": 3, "lr": 1e-3, "critic_lr": 1e-3})
+             "accum_steps": 1, "ppo_epochs": 2, "max_steps": 3, "lr": 1e-3, "critic_lr": 1e-3},
+        remax={**common, "max_prompt_length": 32, "response_length": 6, "rollout_batch": 4, "micro_batch": 2,
+               "accum_steps": 1, "max_steps": 3, "lr": 1e-3},
+        dpo={**common, "max_length": 64, "batch_size": 4, "micro_batch": 2, "max_steps": 6, "lr": 1e-3,
+             "beta": 0.5})
 
 
 def recorded(patch, stage, name, notes):

@@ -4,7 +4,7 @@ for bit. The long form of tests/test_resume.py, with real SIGKILLs, one rank and
 Every third kill waits until a checkpoint is being written; every fourth of a run on two ranks hits the
 launcher alone.
 
-    python tests/kill_runs.py                        train_dvpo and train_ppo, 10 kills each; the others, 3 each
+    python tests/kill_runs.py                        the RL stages, 10 kills each; the others, 3 each
     python tests/kill_runs.py --kills 2 --only dvpo
 
 Prints one line a kill and one a run; exits with 1 when a resumed run is not the straight one.
@@ -91,10 +91,11 @@ def kill_and_resume(name, words, ranks, kills, folder, rng):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=10, help="of train_dvpo and train_ppo")
-    parser.add_argument("--other_kills", type=int, default=3, help="of sft, train_gvm and train_rm")
-    parser.add_argument("--only", nargs="*", default=["sft", "gvm", "rm", "dvpo", "ppo"], help="stages")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="of train_dvpo and train_ppo")
+    parser.add_argument("--kills", type=int, default=10, help="of train_dvpo, train_ppo and train_remax")
+    parser.add_argument("--other_kills", type=int, default=3, help="of the other stages")
+    parser.add_argument("--only", nargs="*", help="stages",
+                        default=["sft", "gvm", "rm", "dpo", "dvpo", "ppo", "remax"])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="of those that have --kills")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     rng, same = random.Random(args.seed), True
@@ -105,13 +106,15 @@ def main():
         sft = ["sft.py", "--base_model", folder / "toy/model", "--data", folder / "toy/sft.jsonl"]
         rl = [*data, "--save_every", 1, "--max_steps", 60, "--rollout_batch", 8, "--micro_batch", 4,
               "--eval_every", 0]
-        plain = ["--save_every", 1, "--max_steps", 30, *SMALL, "--lora_dropout", 0.1]
+        short = ["--save_every", 1, "--max_steps", 30, *SMALL]
+        plain = [*short, "--lora_dropout", 0.1]
         commands = {"sft": [*sft, *plain, "--lora_r", 4], "gvm": ["train_gvm.py", *data, *plain],
-                    "rm": ["train_rm.py", *data, *plain],
+                    "rm": ["train_rm.py", *data, *plain], "dpo": ["train_dpo.py", *data, *short],
+                    "remax": ["train_remax.py", *rl, "--reward_model", folder / "rm"],
                     "dvpo": ["train_dvpo.py", *rl, "--value_model", folder / "gvm"],
                     "ppo": ["train_ppo.py", *rl, "--reward_model", folder / "rm"]}
         for name in args.only:
-            trainer = name in ("dvpo", "ppo")
+            trainer = name in ("dvpo", "ppo", "remax")
             for ranks in args.ranks if trainer else [1]:
                 zero = ["--ds_config", "ds_configs/zero3.json"] if ranks > 1 else []
                 same &= kill_and_resume(name, [*commands[name], *zero], ranks,

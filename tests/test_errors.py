@@ -17,9 +17,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import evaluate
 import sft
+import train_dpo
 import train_dvpo
 import train_gvm
 import train_ppo
+import train_remax
 import train_rm
 from checkpoint import Checkpoints, checksum_of, size_and_checksum
 from common import base_of, check_model, ds_config, gvm_settings, load_tokenizer, parse_args, reward_scale
@@ -56,7 +58,9 @@ def world(flags, chain, baseline, tmp_path, monkeypatch):
         rm_folder=baseline.rm, folder_of_metrics=chain.dvpo,
         flags={sft: {**flags.sft, **out}, train_gvm: {**flags.gvm, **on_sft}, train_rm: {**flags.rm, **on_sft},
                train_dvpo: {**flags.dvpo, "value_model": chain.gvm, **on_sft},
-               train_ppo: {**flags.ppo, "reward_model": baseline.rm, **on_sft}})
+               train_ppo: {**flags.ppo, "reward_model": baseline.rm, **on_sft},
+               train_remax: {**flags.remax, "reward_model": baseline.rm, **on_sft},
+               train_dpo: {**flags.dpo, **on_sft}})
 
 
 @pytest.fixture
@@ -229,6 +233,14 @@ MODELS = [  # stage, flags to change (or a function of the world that gives them
     (train_ppo, lambda w: {"reward_model": short_reward_model(w)}, "38 tokens .* 32 of --reward_model"),
     (train_ppo, lambda w: {"critic_model": model_with(w, [*WORDS[:-2], WORDS[-1], WORDS[-2]])},
      "--critic_model .*another vocabulary"),
+    *((stage, {"sft_model": "./nothing"}, "run `sft.py --model .*--sft_model") for stage in (train_remax, train_dpo)),
+    *((stage, lambda w: {"sft_model": w.gvm_folder}, "--sft_model .*adapter") for stage in (train_remax, train_dpo)),
+    *((stage, lambda w: {"sft_model": copy(w, w.sft_folder, weights=half)}, "--sft_model .*cannot load", LATE)
+      for stage in (train_remax, train_dpo)),
+    (train_remax, {"reward_model": "./nothing"}, "run `train_rm.py --model .*--reward_model"),
+    (train_remax, lambda w: {"reward_model": w.sft_folder}, "--reward_model .*no trained one-label head", LATE),
+    (train_remax, lambda w: {"reward_model": copy(w, w.rm_folder, rm=half)}, "rm.json cannot be read"),
+    (train_remax, lambda w: {"reward_model": short_reward_model(w)}, "38 tokens .* 32 of --reward_model"),
 ]
 
 DATA = [
@@ -260,7 +272,11 @@ DATA = [
     *((stage, lambda w, share=share, held_out=held_out: {"data": rows(w, *without(share, held_out))},
        "data.jsonl.*too few")
       for stage, share in ((sft, "sft"), (train_gvm, "value"), (train_rm, "value"), (train_dvpo, "rl"),
-                           (train_ppo, "rl")) for held_out in (False, True)),
+                           (train_ppo, "rl"), (train_remax, "rl"), (train_dpo, "value"))
+      for held_out in (False, True)),
+    (train_dpo, lambda w: {"data": rows(w, *scored(7))}, "no pair of unequal scores|10%"),
+    (train_dpo, {"data": "missing.jsonl"}, "missing.jsonl: no such file"),
+    (train_remax, {"max_prompt_length": 3}, "--max_prompt_length 3"),
     (sft, {"max_length": 9}, "--max_length 9"),
     (train_dvpo, {"max_prompt_length": 3}, "--max_prompt_length 3"),
 ]
@@ -341,8 +357,24 @@ FLAGS = [
     (train_ppo, {"share_base": True}, "--share_base .*--lora_r"),
     (train_ppo, {"reward_fn": "json:dumps"}, "--reward_fn and --reward_model"),
     (train_ppo, {"cliprange_value": 0}, "--cliprange_value 0"),
+    (train_dpo, {"beta": 0}, "--beta 0"),
+    (train_dpo, {"beta": "nan"}, "--beta nan"),
+    (train_dpo, {"label_smoothing": 0.6}, "--label_smoothing 0.6"),
+    (train_dpo, {"label_smoothing": -0.1}, "--label_smoothing -0.1"),
+    (train_dpo, {"pairs": "some"}, "--pairs"),
+    (train_dpo, {"batch_size": 5, "micro_batch": 2}, "--batch_size 5 .*--micro_batch"),
+    (train_dpo, {"max_length": 129}, "--max_length 129"),
+    (train_dpo, {"critic_lr": 1}, "--critic_lr"),
+    *((train_remax, changes, "--rollout_batch .*--micro_batch .*--accum_steps")
+      for changes in ({"rollout_batch": 3}, {"accum_steps": 0})),
+    (train_remax, {"max_steps": 0}, "--max_steps 0"),
+    (train_remax, {"temperature": 0}, "--temperature 0"),
+    (train_remax, {"ppo_epochs": 2}, "--ppo_epochs"),
+    (train_remax, {"reward_fn": "json:dumps"}, "--reward_fn and --reward_model"),
+    (train_remax, {"reward_model": "", "reward_fn": "nomodule:x"}, "--reward_fn nomodule:x: .*module:function"),
     *((stage, lambda w, below=below: {"output_dir": file(w, "", "taken") / below}, "--output_dir .*taken")
-      for stage in (sft, train_gvm, train_rm, train_dvpo, train_ppo) for below in ("", "below")),
+      for stage in (sft, train_gvm, train_rm, train_dvpo, train_ppo, train_remax, train_dpo)
+      for below in ("", "below")),
     (sft, {"output_dir": "/proc/nothing"}, "--output_dir /proc/nothing: cannot write"),  # not even by root
 ]
 

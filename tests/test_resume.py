@@ -19,14 +19,17 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import checkpoint
 import common
 import sft
+import train_dpo
 import train_dvpo
 import train_gvm
 import train_ppo
+import train_remax
 import train_rm
 from conftest import metrics, recorded, run_stage, start
 from data import BadInput
 
-STAGES = {"sft": sft, "gvm": train_gvm, "dvpo": train_dvpo, "rm": train_rm, "ppo": train_ppo}
+STAGES = {"sft": sft, "gvm": train_gvm, "dvpo": train_dvpo, "rm": train_rm, "ppo": train_ppo,
+          "remax": train_remax, "dpo": train_dpo}
 
 
 class PowerCut(Exception):
@@ -65,7 +68,9 @@ def cut_at(monkeypatch, step):
 def flags_of(name, flags, chain, baseline, **changes):
     extra = {"sft": {"lora_r": 2, "lora_dropout": 0.2}, "gvm": {"lora_dropout": 0.2}, "rm": {"lora_dropout": 0.2},
              "dvpo": {"value_model": chain.gvm, "sample_every": 2, "kl_horizon": 20},
-             "ppo": {"reward_model": baseline.rm, "sample_every": 2, "critic_warmup": 1}}[name]
+             "ppo": {"reward_model": baseline.rm, "sample_every": 2, "critic_warmup": 1},
+             "remax": {"reward_model": baseline.rm, "sample_every": 2, "kl_horizon": 20},
+             "dpo": {"eval_every": 2}}[name]
     sft_model = {} if name == "sft" else {"sft_model": chain.sft}
     return {**getattr(flags, name), "max_steps": 6, **sft_model, **extra, "save_every": 2, **changes}
 
@@ -82,8 +87,9 @@ def cut_and_resume(stage, run, folder, monkeypatch, step=3):
     return folder / "straight", folder / "cut"
 
 
-@pytest.mark.parametrize("name, changes", [("sft", {}), ("gvm", {}), ("rm", {}), ("dvpo", {}), ("ppo", {}),
-                                           ("dvpo", {"lora_r": 2}), ("ppo", {"lora_r": 2, "share_base": True})])
+@pytest.mark.parametrize("name, changes", [
+    *((name, {}) for name in STAGES), ("dvpo", {"lora_r": 2}), ("ppo", {"lora_r": 2, "share_base": True}),
+    ("remax", {"lora_r": 2}), ("dpo", {"lora_r": 2})])
 def test_a_resumed_run_is_the_straight_one(name, changes, flags, chain, baseline, tmp_path, monkeypatch):
     """Weights, optimizer, KL coefficient, tau, dropout: nothing of it starts anew."""
     run = flags_of(name, flags, chain, baseline, **changes)

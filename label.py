@@ -1,0 +1,322 @@
+"""Answers of several policies, scored by a reward model: the data of the paper's Instruction setting, which
+starts from an instruction-tuned model and has nobody's preferences.
+
+Each policy answers at each temperature, and that is a policy of its own: its name stands on each answer, as
+`sft@0.7`, so that tau shows real samples of real policies. An existing reward model scores all answers; its
+scores are mapped linearly, the lowest to 1 and the highest to 10, which train_gvm.py's `--reward score` takes
+as -1 and +1. train_gvm.py, train_dvpo.py and the baselines then read the file by `--data`, as any other.
+
+An interrupted run goes on with the same command: what is sampled and scored is kept beside --out. The noise
+of an answer depends on its prompt and policy alone, so that the answers do not depend on the number of ranks.
+
+    python label.py                                                   the toy, on one CPU rank
+    deepspeed label.py --model mistralai/Mistral-7B-Instruct-v0.2 --reward_model <a sequence classifier>
+
+reads   prompts of --data, policies, a reward model: any causal one-label sequence classifier
+writes  runs/<model name>/labels.jsonl in the schema of openbmb/UltraFeedback, and labels.jsonl.settings.json
+"""
+
+import hashlib
+import json
+import zlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm  # comes with transformers
+
+from checkpoint import fingerprint
+from common import (all_sum, chat_ids, check_model, generate, init_distributed, keyed_rng, load_policy,
+                    load_reward_model, load_tokenizer, parse_args, print0, reward_scores, stage_folder)
+from data import BadInput, one_line, prompt_text, read_data, report_drops, split_of
+from evaluate import split_words
+from judge import appended, kept_lines, write_whole
+
+SHARES = ("sft", "value", "rl", "test")
+
+
+@dataclass
+class Args:
+    model: str = "toy"  # Hugging Face id or folder; names the run folder
+    policies: list[str] = field(default_factory=list)  # name=folder; default --model, or none with --answers
+    temperatures: list[float] = field(default_factory=lambda: [0.7, 1.0, 1.3])  # of the sampler, 0 is greedy
+    per_prompt: int = 4  # each prompt is answered by so many of them, drawn for it; 0: by all
+    answers: list[str] = field(default_factory=list)  # files of answers, like --data; name=file: their policy
+    reward_model: str = ""  # one-label sequence classifier, default runs/<model name>/rm
+    data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file; prompts only
+    split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
+    shares: list[str] = field(default_factory=lambda: ["value", "rl", "test"])  # of the prompts; no SFT here
+    prompts: int = 10**9  # at most this many prompts, drawn from all
+    allow_dropped: bool = False  # go on when more than 10 % of the prompts had to be dropped
+    max_prompt_length: int = 1024  # longer prompts are dropped and counted [tokens]
+    response_length: int = 1024  # at most this many sampled tokens per answer [tokens]
+    micro_batch: int = 16  # rows of one forward pass on one rank
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights
+    seed: int = 1  # choice of prompts and of the policies of each, sampling
+    out: str = ""  # the file to write, default runs/<model name>/labels.jsonl
+    local_rank: int = -1  # set by the deepspeed launcher
+
+
+# ---- prompts and jobs --------------------------------------------------------------------------------------
+
+def prompts_of(records, tokenizers, args):
+    """{text of the prompt: its record}, of the shares that are asked for, each prompt once."""
+    found, dropped = {}, Counter()
+    for record in records:
+        text, turns = prompt_text(record["prompt"]), record["prompt"]
+        if split_of(text, args.split_seed) not in args.shares or text in found:
+            continue
+        if len(turns) > 1:
+            dropped["prompt of several turns, where the schema of openbmb/UltraFeedback has one"] += 1
+        elif max(len(chat_ids(t, turns)) for t in tokenizers) > args.max_prompt_length:
+            dropped[f"prompt over --max_prompt_length {args.max_prompt_length}"] += 1
+        else:
+            found[text] = record
+    if not found and not dropped:
+        raise BadInput(f"--data {args.data}: no prompt of --shares {' '.join(args.shares)} is in it; give "
+                       f"more data or other shares.")
+    report_drops(dropped, len(found) + dropped.total(), args.data, args.allow_dropped, log=print0)
+    kept = sorted(keyed_rng(args.seed).permutation(len(found))[:args.prompts])
+    texts = list(found)
+    return {texts[i]: found[texts[i]] for i in kept}
+
+
+def sampling_jobs(prompts, policies, args):
+    """{name@temperature: (folder, temperature, texts of the prompts that it answers)}"""
+    sampled = {f"{name}@{t:g}": (folder, t, []) for name, folder in policies for t in args.temperatures}
+    names = list(sampled)
+    for text in prompts if names else ():
+        draw = keyed_rng(args.seed, zlib.crc32(text.encode())).permutation(len(names))
+        for i in sorted(draw[:args.per_prompt or len(names)]):
+            sampled[names[i]][2].append(text)
+    return sampled
+
+
+def given_answers(prompts, args):
+    """[(text of the prompt, policy, answer)] of the files of --answers, those to other prompts left out."""
+    found = []
+    for spec in args.answers:
+        name, _, path = spec.rpartition("=")
+        kept = other = 0
+        for record in read_data(path, args.allow_dropped, log=print0):
+            for response in record["responses"]:
+                policy = name or response["policy"]
+                if not policy:
+                    raise BadInput(f"{record['where']}: no policy name on its answers; give it with "
+                                   f"--answers name={path}.")
+                if prompt_text(record["prompt"]) in prompts:
+                    found.append((prompt_text(record["prompt"]), policy, response["text"]))
+                    kept += 1
+                else:
+                    other += 1
+        print0(f"--answers {path}: {kept} answers taken, {other} are to prompts that are not labelled here")
+    return found
+
+
+# ---- work that is kept -------------------------------------------------------------------------------------
+
+class Kept:
+    """Rows {"key": ..., ...} that all ranks append to files of their own beside --out, and read together."""
+
+    def __init__(self, out, kind):
+        self.pattern, self.rows, self.size = f"{out.name}.{kind}.rank*.jsonl", {}, 0
+        self.path = out.with_name(f"{out.name}.{kind}.rank{dist.get_rank()}.jsonl")
+        self.read()
+
+    def read(self):
+        """Every rank gets what all of them have written."""
+        dist.barrier()
+        for path in sorted(self.path.parent.glob(self.pattern)):
+            rows, size = kept_lines(path)
+            self.rows.update((row["key"], row) for row in rows)
+            self.size = size if path == self.path else self.size
+        dist.barrier()  # nobody writes before all have read
+
+    def work(self, todo, batch, do, title, device):
+        """do(part) -> rows, for the parts of todo, dealt to the ranks `batch` at a time; the rows are kept.
+        The ranks stay together, so that none of them waits for longer than a batch takes."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        with appended(self.path, self.size) as f, tqdm(total=len(todo), desc=title,
+                                                       disable=None if rank == 0 else True) as bar:
+            for i in range(0, len(todo), batch * world):
+                part = todo[i:i + batch * world][rank::world]
+                for row in do(part) if part else ():
+                    f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                f.flush()
+                bar.update(int(all_sum(len(part), device=device)[0]))
+        self.read()
+
+    def remove(self):
+        for path in self.path.parent.glob(self.pattern):
+            path.unlink()
+
+
+def answer_key(text, policy):
+    return hashlib.sha256(json.dumps([text, policy]).encode()).hexdigest()[:24]
+
+
+def check_settings(out, settings):
+    """Whether the file is finished already; BadInput where it was begun with other settings."""
+    record = out.with_name(f"{out.name}.settings.json")
+    try:
+        then = json.loads(record.read_text()) if record.exists() else None
+        differ = [key for key in settings if then is not None and then.get(key) != settings[key]]
+    except (ValueError, AttributeError) as e:
+        raise BadInput(f"{record}: cannot be read ({one_line(e)}); delete it and {out.name}.*.rank*.jsonl "
+                       f"beside it, or name another --out.") from None
+    if differ:
+        raise BadInput(f"--out {out}: begun with other settings ({', '.join(differ)}); delete {record} and "
+                       f"{out.name}.*.rank*.jsonl beside it, or name another file.")
+    if then is None and out.exists():
+        raise BadInput(f"--out {out}: exists, and was not written by label.py; name another file.")
+    dist.barrier()
+    if dist.get_rank() == 0 and then is None:
+        write_whole(record, json.dumps(settings, indent=1))
+    return out.exists()
+
+
+# ---- sampling and scoring ----------------------------------------------------------------------------------
+
+def sample(name, folder, temperature, texts, prompts, kept, args, device):
+    """Append the policy's answers to `kept`."""
+    todo = [text for text in texts if answer_key(text, name) not in kept.rows]
+    if not todo:
+        return
+    tokenizer = load_tokenizer(folder, "--policies")
+    policy = load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policies").to(device).eval()
+
+    def answer(part):
+        ids = [chat_ids(tokenizer, prompts[text]["prompt"]) for text in part]
+        seeds = [int(keyed_rng(args.seed, *(zlib.crc32(x.encode()) for x in (text, name))).integers(2**62))
+                 for text in part]
+        found = generate(policy, ids, seeds, args.response_length, temperature, tokenizer, device)
+        return [{"key": answer_key(text, name), "text": tokenizer.decode(y, skip_special_tokens=True).strip(),
+                 "truncated": y[-1] != tokenizer.eos_token_id} for text, y in zip(part, found)]
+    kept.work(todo, args.micro_batch, answer, name, device)
+
+
+def score(answers, prompts, kept, args, reward_model, device):
+    """Append the reward model's score of each answer to `kept`; answers: {key: (text of the prompt, policy,
+    answer)}. It reads complete answers, as the file will have them."""
+    todo = [key for key in answers if key not in kept.rows]
+    if not todo:
+        return
+    model, tokenizer, *_ = load_reward_model(reward_model, getattr(torch, args.dtype))
+    model = model.to(device)
+
+    def scores(part):
+        chats = [(prompts[text]["prompt"], answer) for text, _, answer in (answers[key] for key in part)]
+        found = reward_scores(model, tokenizer, chats, device, args.micro_batch)
+        if not np.isfinite(found).all():
+            bad = next(chat for chat, x in zip(chats, found) if not np.isfinite(x))
+            raise BadInput(f"--reward_model {reward_model}: its score of an answer to "
+                           f"{bad[0][-1]['content'][:80]!r} is not finite; try --dtype float32.")
+        return [{"key": key, "score": x} for key, x in zip(part, found)]
+    kept.work(todo, args.micro_batch, scores, "scores", device)
+
+
+def labelled_rows(prompts, answers, scores):
+    """Rows in the schema of openbmb/UltraFeedback; the lowest of all scores becomes 1, the highest 10."""
+    low, high = min(scores.values()), max(scores.values())
+    if low == high:
+        raise BadInput(f"all {len(scores)} scores of --reward_model are {low:g}: it tells nothing apart; "
+                       f"take another.")
+    completions = defaultdict(list)
+    for key, (text, policy, answer) in answers.items():
+        completions[text].append({"model": policy, "response": answer, "reward_model_score": scores[key],
+                                  "overall_score": round(1 + 9 * (scores[key] - low) / (high - low), 6)})
+    rows = []
+    for text, record in prompts.items():
+        if completions[text]:
+            group = {} if record["group"] == text else {"group": record["group"]}
+            rows.append({"source": "label.py", "instruction": record["prompt"][0]["content"],
+                         "models": [c["model"] for c in completions[text]], "completions": completions[text],
+                         **group})
+    return rows, low, high
+
+
+def check_args(args):
+    wrong = [t for t in args.temperatures if not 0 <= t < float("inf")]
+    if wrong or (not args.temperatures and not args.answers):
+        raise BadInput(f"--temperatures {' '.join(map(str, wrong))}: give numbers from 0 on.")
+    if len({f"{t:g}" for t in args.temperatures}) < len(args.temperatures):
+        raise BadInput("--temperatures: two of them are one; they name the policies.")
+    if not args.shares or set(args.shares) - set(SHARES):
+        raise BadInput(f"--shares {' '.join(args.shares)}: some of {', '.join(SHARES)}.")
+    if args.per_prompt < 0:
+        raise BadInput(f"--per_prompt {args.per_prompt}: a number of policies, or 0 for all.")
+
+
+def main(args):
+    _, world, device = init_distributed()
+    check_args(args)
+    specs = args.policies or ([] if args.answers else [f"{Path(args.model).name}={args.model}"])
+    policies = split_words("--policies", specs)
+    if len(dict(policies)) < len(policies):
+        raise BadInput("--policies: two of them have one name; give each its own.")
+    reward_model = stage_folder(args.model, "rm", args.reward_model, "--reward_model",
+                                f"train_rm.py --model {args.model}")
+    tokens = args.max_prompt_length + args.response_length
+    asked = f"--max_prompt_length {args.max_prompt_length} + --response_length {args.response_length}"
+    tokenizers = [load_tokenizer(folder, "--policies") for _, folder in policies]
+    for (_, folder), tokenizer in zip(policies, tokenizers):
+        check_model(folder, tokenizer, "--policies", tokens, asked)
+    rm_tokenizer = load_tokenizer(reward_model, "--reward_model")
+    check_model(reward_model, rm_tokenizer, "--reward_model", tokens, asked, head=True)
+
+    records = read_data(args.data, args.allow_dropped, log=print0)
+    prompts = prompts_of(records, tokenizers or [rm_tokenizer], args)
+    sampled, given = sampling_jobs(prompts, policies, args), given_answers(prompts, args)
+    out = Path(args.out or Path("runs") / Path(args.model).name / "labels.jsonl")
+    settings = {"reward_model": f"{reward_model} {fingerprint(reward_model)}", "answers": given,
+                "policies": {name: f"{folder} {fingerprint(folder)}" for name, folder in policies},
+                "jobs": {name: job[2] for name, job in sampled.items()}, "prompts": list(prompts),
+                "response_length": args.response_length, "dtype": args.dtype, "seed": args.seed}
+    settings = {name: value if len(str(value)) < 400 else hashlib.sha256(str(value).encode()).hexdigest()[:24]
+                for name, value in settings.items()}
+    if check_settings(out, settings):
+        print0(f"{out}: finished, nothing is left to do")
+        return
+    texts = Kept(out, "answers")
+    print0(f"label: {len(prompts)} prompts, {sum(len(job[2]) for job in sampled.values())} answers to sample "
+           f"on {world} ranks, {len(texts.rows)} of them there already; {len(given)} are given")
+
+    # 1. sample: one policy after the other is in memory
+    for name, (folder, temperature, asked_for) in sampled.items():
+        sample(name, folder, temperature, asked_for, prompts, texts, args, device)
+
+    # 2. score
+    found = [(text, name, texts.rows[answer_key(text, name)]["text"])
+             for name, job in sampled.items() for text in job[2]] + given
+    answers = {answer_key(text, f"{name}\n{answer}"): (text, name, answer)
+               for text, name, answer in found if answer.strip()}
+    if not answers:
+        raise BadInput(f"--out {out}: all answers are empty; raise --response_length or take other policies.")
+    scores = Kept(out, "scores")
+    score(answers, prompts, scores, args, reward_model, device)
+
+    # 3. write
+    rows, low, high = labelled_rows(prompts, answers, {key: scores.rows[key]["score"] for key in answers})
+    if dist.get_rank() == 0:
+        write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        texts.remove()
+        scores.remove()
+        cut = Counter(name for name, job in sampled.items() for text in job[2]
+                      if texts.rows[answer_key(text, name)]["truncated"])
+        mean = {name: np.mean([scores.rows[key]["score"] for key, a in answers.items() if a[1] == name])
+                for name in dict.fromkeys(name for _, name, _ in answers.values())}
+        for name, x in mean.items():
+            total = sum(a[1] == name for a in answers.values())
+            print(f"  {name}: {total} answers, mean score {x:.3f}, {cut[name]} cut at --response_length")
+        print(f"{out}: {len(rows)} rows, {len(answers)} answers, {len(found) - len(answers)} empty or double "
+              f"ones left out; scores from {low:.3f} to {high:.3f} are 1 to 10")
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main(parse_args(Args))
+    dist.destroy_process_group()  # gloo's threads abort where they outlive the interpreter

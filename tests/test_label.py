@@ -1,0 +1,329 @@
+"""label.py: which policies answer which prompts, whose scores are in the file, that the stages read it, and that an
+interrupted run ends as one that was not."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import label
+import train_dpo
+import train_dvpo
+import train_gvm
+from common import chat_ids, load_reward_model, load_tokenizer, parse_args, reward_scores
+from conftest import ROOT, clean_env, feedback_rows, metrics, run_stage, start, write_jsonl
+from data import BadInput, read_data, split_of
+
+
+class PowerCut(Exception):
+    """What no code of ours expects."""
+
+
+@pytest.fixture
+def words(chain, baseline, data, tmp_path, monkeypatch):
+    """The flags of a run; --out is labels.jsonl in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return {"model": chain.sft, "policies": [f"sft={chain.sft}", f"dvpo={chain.dvpo}"], "data": data,
+            "reward_model": baseline.rm, "temperatures": [0, 1], "per_prompt": 3, "max_prompt_length": 32,
+            "response_length": 6, "micro_batch": 8, "dtype": "float32", "out": tmp_path / "labels.jsonl"}
+
+
+def argv_of(words):
+    return [str(word) for name, value in words.items()
+            for word in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+
+
+def run_label(words, **changes):
+    label.main(parse_args(label.Args, argv_of({**words, **changes})))
+    out = Path({**words, **changes}["out"])
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+# ---- what is in the file ----
+
+def test_the_file_is_ultrafeedback_with_the_policies_names(words, data):
+    """Every prompt of the shares but SFT, three of the four policies each, in the schema that read_data takes."""
+    rows = run_label(words)
+    wanted = [row["instruction"] for row in feedback_rows() if split_of(row["instruction"], 0) != "sft"]
+    assert [row["instruction"] for row in rows] == wanted and len(wanted) > 20
+    for row in rows:
+        assert row["models"] == [c["model"] for c in row["completions"]] and len(set(row["models"])) <= 3
+        assert all(1 <= c["overall_score"] <= 10 and c["response"].strip() for c in row["completions"])
+    found = Counter(name for row in rows for name in row["models"])
+    assert set(found) == {"sft@0", "sft@1", "dvpo@0", "dvpo@1"} and min(found.values()) > 5
+    scores = [c["overall_score"] for row in rows for c in row["completions"]]
+    assert (min(scores), max(scores)) == (1, 10)
+    records = read_data("labels.jsonl")
+    assert [r["policy"] for record in records for r in record["responses"]] == [m for row in rows for m in row["models"]]
+    from datasets import load_dataset
+    assert load_dataset("json", data_files="labels.jsonl", split="train").num_rows == len(rows)
+    assert {path.name for path in Path().iterdir()} == {"labels.jsonl", "labels.jsonl.settings.json"}
+
+
+def test_greedy_answers_are_the_policys_own(words, chain):
+    """A policy's name is the model and temperature that wrote the answer: against stock greedy decoding."""
+    rows, tokenizer, checked = run_label(words), load_tokenizer(chain.sft), 0
+    models = {name: AutoModelForCausalLM.from_pretrained(folder).eval()
+              for name, folder in (("sft@0", chain.sft), ("dvpo@0", chain.dvpo))}
+    for row in rows[:12]:
+        for c in row["completions"]:
+            if c["model"] in models:
+                ids = chat_ids(tokenizer, [{"role": "user", "content": row["instruction"]}])
+                answer = models[c["model"]].generate(torch.tensor([ids]), do_sample=False, max_new_tokens=6,
+                                                     eos_token_id=1, pad_token_id=1)[0, len(ids):]
+                assert tokenizer.decode(answer, skip_special_tokens=True).strip() == c["response"]
+                checked += 1
+    assert checked > 10
+
+
+def test_scores_are_the_reward_models_of_the_text_in_the_file(words, baseline):
+    """Each text with its EOS, scored anew one at a time; the map to 1 .. 10 is linear and keeps the order."""
+    rows = run_label(words)
+    model, tokenizer, *_ = load_reward_model(baseline.rm, torch.float32)
+    pairs = []
+    for row in rows[:10]:
+        for c in row["completions"]:
+            again, = reward_scores(model, tokenizer, [([{"role": "user", "content": row["instruction"]}],
+                                                       c["response"])], torch.device("cpu"), 1)
+            assert c["reward_model_score"] == pytest.approx(again, abs=1e-4)
+            pairs.append((c["reward_model_score"], c["overall_score"]))
+    everything = [c["reward_model_score"] for row in rows for c in row["completions"]]
+    low, high = min(everything), max(everything)
+    for x, mapped in pairs:
+        assert mapped == pytest.approx(1 + 9 * (x - low) / (high - low), abs=1e-5)
+
+
+def test_answers_from_a_file_are_scored_with_the_others(words, data, capsys):
+    """The data's own answers under their policies' names, pairs under a name that is given, nothing sampled."""
+    pairs = [{"prompt": row["instruction"], "chosen": "yes .", "rejected": "no ."} for row in feedback_rows()[:20]]
+    write_jsonl(Path("pairs.jsonl"), pairs)
+    del words["policies"]
+    rows = run_label(words, answers=[data, "people=pairs.jsonl"])
+    names = {name for row in rows for name in row["models"]}
+    assert names == {"policy0", "policy1", "policy2", "policy3", "people"}
+    own = {row["instruction"]: {c["response"] for c in row["completions"]} for row in feedback_rows()}
+    for row in rows:
+        texts = {c["response"] for c in row["completions"] if c["model"] != "people"}
+        assert texts == own[row["instruction"]]
+    assert "are to prompts that are not labelled here" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="pairs.jsonl:1: no policy name .*--answers name=pairs.jsonl"):
+        run_label(words, answers=["pairs.jsonl"], out="other.jsonl")
+
+
+def test_only_some_prompts_and_policies(words):
+    rows = run_label(words, prompts=7, per_prompt=0, shares=["value"], out="few.jsonl")
+    assert len(rows) == 7 and all(split_of(row["instruction"], 0) == "value" for row in rows)
+    assert all(len(row["completions"]) <= 4 for row in rows)
+    again = run_label(words, prompts=7, per_prompt=0, shares=["value"], out="again.jsonl")
+    other = run_label(words, prompts=7, per_prompt=0, shares=["value"], out="other.jsonl", seed=2)
+    assert again == rows and [r["instruction"] for r in other] != [r["instruction"] for r in rows]
+
+
+def test_what_cannot_be_labelled_is_counted(words, capsys):
+    """A chat of two turns and a prompt that is too long; more than a tenth stops the run."""
+    rows = feedback_rows()
+    chat = [{"role": "user", "content": "is it red ?"}, {"role": "assistant", "content": "no ."},
+            {"role": "user", "content": "is it blue ?"}, {"role": "assistant", "content": "yes ."}]
+    write_jsonl(Path("mixed.jsonl"), [*rows, {"messages": chat}, {"instruction": "is it red ? " * 20, "output": "no ."}])
+    run_label(words, data="mixed.jsonl", shares=["sft", "value", "rl", "test"])
+    shown = capsys.readouterr().out
+    assert "dropped 2 (" in shown and "1 prompt of several turns" in shown and "1 prompt over --max_prompt_length" in shown
+    write_jsonl(Path("chats.jsonl"), [{"messages": [{"role": "user", "content": f"thing{i} ?"}, *chat[1:]]}
+                                      for i in range(12)])
+    with pytest.raises(BadInput, match="nothing is left"):
+        run_label(words, data="chats.jsonl", out="other.jsonl")
+
+
+# ---- the stages read it ----
+
+def test_gvm_dvpo_and_dpo_run_on_the_file_unchanged(words, chain, flags, tmp_path):
+    """tau from the policies' real samples, rewards from the file's scores; DVPO's prompts are its RL share."""
+    run_label(words, response_length=10, temperatures=[0.7, 1.3])
+    data = {"data": tmp_path / "labels.jsonl", "sft_model": chain.dvpo}
+    run_stage(train_gvm, **{**flags.gvm, **data, "reward": "score", "allow_dropped": True},
+              output_dir=tmp_path / "gvm")
+    settings = json.loads((tmp_path / "gvm/gvm.json").read_text())
+    assert settings["k"] == 2
+    run_stage(train_dvpo, **{**flags.dvpo, **data}, value_model=tmp_path / "gvm", output_dir=tmp_path / "dvpo")
+    run_stage(train_dpo, **{**flags.dpo, **data, "allow_dropped": True}, output_dir=tmp_path / "dpo")
+    for stage in ("gvm", "dvpo", "dpo"):
+        assert metrics(tmp_path / stage)[-1]["grad_norm"] > 0
+
+
+# ---- interruptions ----
+
+def cut_after(batches, monkeypatch, what="generate"):
+    """The run dies in the middle of a line of its kept rows, after so many batches."""
+    straight, seen = getattr(label, what), []
+
+    def dying(*args, **kwargs):
+        seen.append(1)
+        if len(seen) > batches:
+            raise PowerCut
+        return straight(*args, **kwargs)
+    monkeypatch.setattr(label, what, dying)
+    return seen
+
+
+def test_an_interrupted_run_goes_on_and_asks_for_nothing_twice(words, tmp_path, monkeypatch):
+    """Cut while it samples, then while it scores, with half a line left each time; the file is the straight one."""
+    rows = run_label(words, out="straight.jsonl")
+    count = []
+    with monkeypatch.context() as patch:
+        count.append(cut_after(5, patch))
+        with pytest.raises(PowerCut):
+            run_label(words)
+    with monkeypatch.context() as patch:
+        count.append(cut_after(4, patch))
+        with pytest.raises(PowerCut):
+            run_label(words)
+    kept, = tmp_path.glob("labels.jsonl.answers.rank0.jsonl")
+    with open(kept, "a") as f:
+        f.write('{"key": "cut sh')
+    with monkeypatch.context() as patch:
+        count.append(cut_after(10**9, patch))
+        scored = cut_after(3, patch, "reward_scores")
+        with pytest.raises(PowerCut):
+            run_label(words)
+    assert not (tmp_path / "labels.jsonl").exists()
+    with monkeypatch.context() as patch:
+        count.append(cut_after(10**9, patch))
+        rest = cut_after(10**9, patch, "reward_scores")
+        assert run_label(words) == rows
+    assert (tmp_path / "labels.jsonl").read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
+    with monkeypatch.context() as patch:  # the calls of the four pieces, less the two that were cut, are those of one
+        whole = cut_after(10**9, patch)
+        run_label(words, out="once_more.jsonl")
+    jobs = Counter(name for row in rows for name in row["models"])
+    assert sum(map(len, count)) - 2 <= len(whole) + len(jobs)  # a policy's last batch may be cut anew
+    assert len(scored) - 1 + len(rest) <= -(-sum(jobs.values()) // 8) + 1
+
+
+def test_a_finished_file_is_left_alone_and_other_settings_are_refused(words, monkeypatch, capsys):
+    run_label(words)
+    before = Path("labels.jsonl").read_bytes()
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        seen = cut_after(0, patch)
+        run_label(words)
+    assert not seen and "nothing is left to do" in capsys.readouterr().out
+    for changes in ({"seed": 2}, {"response_length": 5}, {"temperatures": [0]}, {"prompts": 5}):
+        with pytest.raises(BadInput, match="begun with other settings"):
+            run_label(words, **changes)
+    assert Path("labels.jsonl").read_bytes() == before
+
+
+def test_a_reward_model_trained_again_is_noticed(words, baseline, tmp_path):
+    shutil.copytree(baseline.rm, tmp_path / "rm")
+    run_label(words, reward_model=tmp_path / "rm")
+    path = tmp_path / "rm/rm.json"
+    path.write_text(path.read_text().replace('"scale"', '"scale" '))
+    with pytest.raises(BadInput, match="begun with other settings .reward_model"):
+        run_label(words, reward_model=tmp_path / "rm")
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_kept_stays(words, tmp_path):
+    """The operating system's own limit on the size of a file, in a process of its own."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    done = subprocess.run([sys.executable, ROOT / "label.py", *argv_of(words)], cwd=ROOT, env=clean_env(),
+                          preexec_fn=limit, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert "cannot be written" in done.stderr.splitlines()[-1] or "File too large" in done.stderr
+    assert not (tmp_path / "labels.jsonl").exists()
+    assert run_label(words)
+
+
+def test_two_ranks_write_the_file_of_one(words, tmp_path):
+    """Through the launcher; a run that one rank began is finished by two."""
+    run_label(words, out=tmp_path / "one.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        cut_after(4, patch)
+        with pytest.raises(PowerCut):
+            run_label(words, out=tmp_path / "two.jsonl")
+    process = start([ROOT / "label.py", *argv_of({**words, "out": tmp_path / "two.jsonl"})], 2)
+    text, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, text[-2000:]
+    one, two = ([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+                for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):  # scores are read in other batches, whose rounding differs
+        assert a["instruction"] == b["instruction"] and a["models"] == b["models"]
+        for c, d in zip(a["completions"], b["completions"], strict=True):
+            assert c["response"] == d["response"]
+            assert c["reward_model_score"] == pytest.approx(d["reward_model_score"], abs=1e-5)
+    assert {path.name for path in tmp_path.glob("two*")} == {"two.jsonl", "two.jsonl.settings.json"}
+
+
+# ---- bad input ----
+
+def constant_rm(words, tmp_path):
+    """A reward model whose head is zero."""
+    tokenizer = load_tokenizer(words["model"])
+    model = AutoModelForSequenceClassification.from_pretrained(words["model"], num_labels=1)
+    model.score.weight.data.zero_()
+    model.save_pretrained(tmp_path / "zero")
+    tokenizer.save_pretrained(tmp_path / "zero")
+    return tmp_path / "zero"
+
+
+def broken_rm(words, tmp_path):
+    folder = constant_rm(words, tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    model.score.weight.data.fill_(float("nan"))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("changes, part", [
+    ({"policies": ["nothing"]}, "--policies nothing: expected name=path"),
+    ({"policies": ["a=nowhere/at/all"]}, "--policies nowhere/at/all"),
+    (lambda w, t: {"policies": [f"a={w['model']}", f"a={w['model']}"]}, "two of them have one name"),
+    ({"temperatures": [-1]}, "--temperatures -1"),
+    ({"temperatures": ["nan"]}, "--temperatures nan"),
+    ({"temperatures": [1, 1.0]}, "--temperatures: two of them are one"),
+    ({"temperatures": ["hot"]}, "--temperatures"),
+    ({"shares": ["train"]}, "--shares train"),
+    ({"per_prompt": -1}, "--per_prompt -1"),
+    ({"response_length": 0}, "--response_length 0"),
+    ({"max_prompt_length": 100, "response_length": 29}, "--max_prompt_length 100 .*--response_length 29.* 128"),
+    ({"max_prompt_length": 3}, "--max_prompt_length 3"),
+    ({"data": "missing.jsonl"}, "missing.jsonl: no such file"),
+    ({"answers": ["missing.jsonl"]}, "missing.jsonl: no such file"),
+    ({"reward_model": "./nothing"}, "run `train_rm.py --model .*--reward_model"),
+    (lambda w, t: {"reward_model": w["model"]}, "--reward_model .*no trained one-label head"),
+    (lambda w, t: {"reward_model": constant_rm(w, t)}, "tells nothing apart"),
+    (lambda w, t: {"reward_model": broken_rm(w, t)}, "--reward_model .*is not finite"),
+    (lambda w, t: {"out": (t / "there.jsonl").write_text("mine") and t / "there.jsonl"}, "was not written by label.py"),
+    (lambda w, t: {"out": (t / "file").write_text("") or t / "file/x.jsonl"}, "file.*cannot be written"),
+    ({"out": "/proc/nothing/x.jsonl"}, "/proc/nothing.*cannot be written"),
+    (lambda w, t: {"data": write_jsonl(t / "d.jsonl", [r for r in feedback_rows()
+                                                        if split_of(r["instruction"], 0) == "sft"])},
+     "no prompt of --shares value rl test"),
+    ({"dtype": "int8"}, "--dtype"),
+])
+def test_bad_input_ends_in_one_sentence(changes, part, words, tmp_path, capsys):
+    import re
+    changes = changes(words, tmp_path) if callable(changes) else changes
+    with pytest.raises(SystemExit) as end:
+        run_label(words, **changes)
+    text = end.value.code
+    if text == 2:  # argparse: usage lines, then the sentence
+        text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert isinstance(text, str) and "\n" not in text and len(text) < 1200 and re.search(part, text), text
+    assert not (tmp_path / "labels.jsonl").exists()
+
+
+def test_damaged_settings_say_what_to_delete(words, tmp_path):
+    run_label(words)
+    for content in (b"{", b"3", b"\xff"):
+        (tmp_path / "labels.jsonl.settings.json").write_bytes(content)
+        with pytest.raises(BadInput, match="settings.json: cannot be read .*delete it"):
+            run_label(words)
+    assert (tmp_path / "labels.jsonl").exists()
