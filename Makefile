@@ -1,5 +1,5 @@
 # `make demo` installs and runs the whole method on the toy world, `make test` installs and runs the tests,
-# `make compare` installs and measures DVPO against PPO on the toy world.
+# `make compare` installs and measures DVPO and the baselines on the toy world.
 VENV = .venv
 # DeepSpeed compiles into a folder of this environment: shared with another one it would be rebuilt
 # at every switch.
@@ -36,7 +36,7 @@ compare: install
 	$(PYTHON) results/run.py compare
 
 test: install
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 clean:
 	rm -rf runs toy/build

@@ -215,7 +215,7 @@ def epoch_rows(n, start, count, seed):
     return rows
 
 
-LOCKS = {}  # output folder -> its open lock file; a lock goes with the process, however that ends
+LOCKS = {}  # place of a lock file -> the open file; a lock goes with the process, however that ends
 
 
 def output_folder(args, stage):
@@ -223,20 +223,24 @@ def output_folder(args, stage):
     shows before the expensive work. One process at a time writes there.
     """
     out = Path(args.output_dir or Path("runs") / Path(args.model).name / stage)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            if out.resolve() not in LOCKS:
-                lock = open(out / ".lock", "w")
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                LOCKS[out.resolve()] = lock
-    except BlockingIOError:
-        raise BadInput(f"--output_dir {out}: another run is writing there; wait for its end or choose "
-                       f"another folder.") from None
-    except OSError as e:
-        raise BadInput(f"--output_dir {out}: cannot write there ({e.strerror}); choose another "
-                       f"folder.") from None
+    take_lock(out / ".lock", f"--output_dir {out}")
     return out
+
+
+def take_lock(path, flag):
+    """Make the folder of a lock file, and let rank 0 take the lock; BadInput where another process has it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            if path.resolve() not in LOCKS:
+                lock = open(path, "w")
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                LOCKS[path.resolve()] = lock
+    except BlockingIOError:
+        raise BadInput(f"{flag}: another run is writing there; wait for its end or choose another "
+                       f"place.") from None
+    except OSError as e:
+        raise BadInput(f"{flag}: cannot write there ({e.strerror}); choose another place.") from None
 
 
 def stage_folder(model, stage, override, flag, command):

@@ -322,8 +322,9 @@ def prompt_fault(prompt):
     return None if [turn["role"] for turn in turns] == expected else "turns out of order"
 
 
-def record_of(where, row):
-    """(record or None, [reason] of each dropped response) of a row."""
+def record_of(where, row, scored=True):
+    """(record or None, [reason] of each dropped response) of a row. scored: whether UltraFeedback's responses
+    must have a score."""
     shape = shape_of(row)
     if shape is None:
         columns = one_line(", ".join(map(repr, row))) if row else "none"
@@ -334,7 +335,7 @@ def record_of(where, row):
     faults = []
     for response in responses:
         empty = None if response["text"].strip() else "empty response"
-        unscored = "no score" if shape == "ultrafeedback" and response["score"] is None else None
+        unscored = "no score" if scored and shape == "ultrafeedback" and response["score"] is None else None
         faults.append(prompt_fault(prompt) or empty or unscored)
     if shape in ("binarized", "pairs"):
         # Half a pair says nothing, and a rejected response left alone would pass for the best one.
@@ -350,7 +351,7 @@ def record_of(where, row):
 
 # ---- from a source to records ----
 
-def read_data(source, allow_dropped=False, log=print):
+def read_data(source, allow_dropped=False, log=print, scored=True):
     """The records of a source, in its order; duplicate rows stay, a row without a usable response goes.
 
     Logs one line: source, rows of each shape, repaired scores, kept and dropped responses.
@@ -358,7 +359,7 @@ def read_data(source, allow_dropped=False, log=print):
     records, shapes, dropped, first = [], Counter(), Counter(), {}
     repaired = kept = 0
     for where, row in read_rows(source):
-        record, faults = record_of(where, row)
+        record, faults = record_of(where, row, scored)
         shapes[shape_of(row)] += 1
         if shape_of(row) == "ultrafeedback":
             repaired += sum(map(mistaken_ten, row["completions"] or []))

@@ -3,19 +3,23 @@ starts from an instruction-tuned model and has nobody's preferences.
 
 Each policy answers at each temperature, and that is a policy of its own: its name stands on each answer, as
 `sft@0.7`, so that tau shows real samples of real policies. An existing reward model scores all answers; its
-scores are mapped linearly, the lowest to 1 and the highest to 10, which train_gvm.py's `--reward score` takes
-as -1 and +1. train_gvm.py, train_dvpo.py and the baselines then read the file by `--data`, as any other.
+scores are mapped linearly, the lowest 1 % to 1 and the highest 1 % to 10, which `train_gvm.py --reward score`
+takes as -1 and +1. train_gvm.py, train_dvpo.py and the baselines then read the file by --data, as any other.
 
-An interrupted run goes on with the same command: what is sampled and scored is kept beside --out. The noise
-of an answer depends on its prompt and policy alone, so that the answers do not depend on the number of ranks.
+An answer that --response_length cut is scored as it stands, and has `"truncated": true`. An interrupted run
+goes on with the same command: what is sampled and scored is kept beside --out. The noise of an answer depends
+on its prompt and policy alone, so that, but for rounding, no answer depends on the number of ranks.
 
     python label.py                                                   the toy, on one CPU rank
     deepspeed label.py --model mistralai/Mistral-7B-Instruct-v0.2 --reward_model <a sequence classifier>
 
-reads   prompts of --data, policies, a reward model: any causal one-label sequence classifier
+reads   prompts of --data (its answers and scores, if any, are not looked at), policies, a reward model: any
+        causal one-label sequence classifier
 writes  runs/<model name>/labels.jsonl in the schema of openbmb/UltraFeedback, and labels.jsonl.settings.json
 """
 
+import functools
+import gc
 import hashlib
 import json
 import zlib
@@ -30,8 +34,9 @@ import torch.distributed as dist
 from tqdm import tqdm  # comes with transformers
 
 from checkpoint import fingerprint
-from common import (all_sum, chat_ids, check_model, generate, init_distributed, keyed_rng, load_policy,
-                    load_reward_model, load_tokenizer, parse_args, print0, reward_scores, stage_folder)
+from common import (all_sum, answer_ids, chat_ids, check_model, generate, init_distributed, keyed_rng,
+                    load_policy, load_reward_model, load_tokenizer, parse_args, print0, reward_scores,
+                    stage_folder, take_lock)
 from data import BadInput, one_line, prompt_text, read_data, report_drops, split_of
 from evaluate import split_words
 from judge import appended, kept_lines, write_whole
@@ -42,10 +47,10 @@ SHARES = ("sft", "value", "rl", "test")
 @dataclass
 class Args:
     model: str = "toy"  # Hugging Face id or folder; names the run folder
-    policies: list[str] = field(default_factory=list)  # name=folder; default --model, or none with --answers
+    policies: list[str] = field(default_factory=list)  # name=folder; default the SFT model, else --model
     temperatures: list[float] = field(default_factory=lambda: [0.7, 1.0, 1.3])  # of the sampler, 0 is greedy
     per_prompt: int = 4  # each prompt is answered by so many of them, drawn for it; 0: by all
-    answers: list[str] = field(default_factory=list)  # files of answers, like --data; name=file: their policy
+    answers: list[str] = field(default_factory=list)  # files like --data; name=file names their policy
     reward_model: str = ""  # one-label sequence classifier, default runs/<model name>/rm
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file; prompts only
     split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
@@ -71,7 +76,7 @@ def prompts_of(records, tokenizers, args):
         if split_of(text, args.split_seed) not in args.shares or text in found:
             continue
         if len(turns) > 1:
-            dropped["prompt of several turns, where the schema of openbmb/UltraFeedback has one"] += 1
+            dropped["prompt of several turns or with a system turn; UltraFeedback's schema has one turn"] += 1
         elif max(len(chat_ids(t, turns)) for t in tokenizers) > args.max_prompt_length:
             dropped[f"prompt over --max_prompt_length {args.max_prompt_length}"] += 1
         else:
@@ -87,22 +92,23 @@ def prompts_of(records, tokenizers, args):
 
 def sampling_jobs(prompts, policies, args):
     """{name@temperature: (folder, temperature, texts of the prompts that it answers)}"""
-    sampled = {f"{name}@{t:g}": (folder, t, []) for name, folder in policies for t in args.temperatures}
-    names = list(sampled)
+    jobs = {f"{name}@{t:g}": (folder, t, []) for name, folder in policies for t in args.temperatures}
+    names = list(jobs)
     for text in prompts if names else ():
         draw = keyed_rng(args.seed, zlib.crc32(text.encode())).permutation(len(names))
         for i in sorted(draw[:args.per_prompt or len(names)]):
-            sampled[names[i]][2].append(text)
-    return sampled
+            jobs[names[i]][2].append(text)
+    return jobs
 
 
 def given_answers(prompts, args):
     """[(text of the prompt, policy, answer)] of the files of --answers, those to other prompts left out."""
     found = []
     for spec in args.answers:
-        name, _, path = spec.rpartition("=")
+        name, equals, path = spec.partition("=")
+        name, path = (name, path) if equals and not Path(spec).exists() else ("", spec)
         kept = other = 0
-        for record in read_data(path, args.allow_dropped, log=print0):
+        for record in read_data(path, args.allow_dropped, log=print0, scored=False):
             for response in record["responses"]:
                 policy = name or response["policy"]
                 if not policy:
@@ -120,17 +126,22 @@ def given_answers(prompts, args):
 # ---- work that is kept -------------------------------------------------------------------------------------
 
 class Kept:
-    """Rows {"key": ..., ...} that all ranks append to files of their own beside --out, and read together."""
+    """Rows {"key": ..., ...} that all ranks append to files of their own beside --out, and read together. The
+    files' names have a digest of the settings, so that rows of other settings are never taken."""
 
-    def __init__(self, out, kind):
-        self.pattern, self.rows, self.size = f"{out.name}.{kind}.rank*.jsonl", {}, 0
-        self.path = out.with_name(f"{out.name}.{kind}.rank{dist.get_rank()}.jsonl")
+    def __init__(self, out, digest, kind):
+        self.folder, self.name = out.parent, f"{out.name}.{digest}.{kind}.rank"
+        self.path = self.folder / f"{self.name}{dist.get_rank()}.jsonl"
+        self.rows, self.size = {}, 0
         self.read()
+
+    def files(self):
+        return sorted(path for path in self.folder.iterdir() if path.name.startswith(self.name))
 
     def read(self):
         """Every rank gets what all of them have written."""
         dist.barrier()
-        for path in sorted(self.path.parent.glob(self.pattern)):
+        for path in self.files():
             rows, size = kept_lines(path)
             self.rows.update((row["key"], row) for row in rows)
             self.size = size if path == self.path else self.size
@@ -151,7 +162,7 @@ class Kept:
         self.read()
 
     def remove(self):
-        for path in self.path.parent.glob(self.pattern):
+        for path in self.files() if dist.get_rank() == 0 else ():
             path.unlink()
 
 
@@ -166,42 +177,52 @@ def check_settings(out, settings):
         then = json.loads(record.read_text()) if record.exists() else None
         differ = [key for key in settings if then is not None and then.get(key) != settings[key]]
     except (ValueError, AttributeError) as e:
-        raise BadInput(f"{record}: cannot be read ({one_line(e)}); delete it and {out.name}.*.rank*.jsonl "
-                       f"beside it, or name another --out.") from None
+        raise BadInput(f"{record}: cannot be read ({one_line(e)}); delete it, or name another "
+                       f"--out.") from None
     if differ:
         raise BadInput(f"--out {out}: begun with other settings ({', '.join(differ)}); delete {record} and "
-                       f"{out.name}.*.rank*.jsonl beside it, or name another file.")
+                       f"{out}, or name another file.")
     if then is None and out.exists():
         raise BadInput(f"--out {out}: exists, and was not written by label.py; name another file.")
+    finished = out.exists()
     dist.barrier()
     if dist.get_rank() == 0 and then is None:
         write_whole(record, json.dumps(settings, indent=1))
-    return out.exists()
+    return finished
 
 
 # ---- sampling and scoring ----------------------------------------------------------------------------------
 
-def sample(name, folder, temperature, texts, prompts, kept, args, device):
-    """Append the policy's answers to `kept`."""
-    todo = [text for text in texts if answer_key(text, name) not in kept.rows]
-    if not todo:
+def sample(folder, jobs, prompts, kept, args, device):
+    """Append a policy's answers to `kept`. jobs: {name@temperature: (folder, temperature, texts)}, its own"""
+    todo = {name: [text for text in texts if answer_key(text, name) not in kept.rows]
+            for name, (_, _, texts) in jobs.items()}
+    if not any(todo.values()):
         return
     tokenizer = load_tokenizer(folder, "--policies")
     policy = load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policies").to(device).eval()
 
-    def answer(part):
+    def answer(part, name):
         ids = [chat_ids(tokenizer, prompts[text]["prompt"]) for text in part]
         seeds = [int(keyed_rng(args.seed, *(zlib.crc32(x.encode()) for x in (text, name))).integers(2**62))
                  for text in part]
-        found = generate(policy, ids, seeds, args.response_length, temperature, tokenizer, device)
+        found = generate(policy, ids, seeds, args.response_length, jobs[name][1], tokenizer, device)
         return [{"key": answer_key(text, name), "text": tokenizer.decode(y, skip_special_tokens=True).strip(),
                  "truncated": y[-1] != tokenizer.eos_token_id} for text, y in zip(part, found)]
-    kept.work(todo, args.micro_batch, answer, name, device)
+    for name, texts in todo.items():
+        kept.work(texts, args.micro_batch, functools.partial(answer, name=name), name, device)
+
+
+def let_go():
+    """Free the memory of the last model: its own forward refers to it, so that it does not go by itself."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def score(answers, prompts, kept, args, reward_model, device):
     """Append the reward model's score of each answer to `kept`; answers: {key: (text of the prompt, policy,
-    answer)}. It reads complete answers, as the file will have them."""
+    answer, truncated)}. It reads complete answers, as the file will have them."""
     todo = [key for key in answers if key not in kept.rows]
     if not todo:
         return
@@ -209,7 +230,7 @@ def score(answers, prompts, kept, args, reward_model, device):
     model = model.to(device)
 
     def scores(part):
-        chats = [(prompts[text]["prompt"], answer) for text, _, answer in (answers[key] for key in part)]
+        chats = [(prompts[text]["prompt"], answer) for text, _, answer, _ in (answers[key] for key in part)]
         found = reward_scores(model, tokenizer, chats, device, args.micro_batch)
         if not np.isfinite(found).all():
             bad = next(chat for chat, x in zip(chats, found) if not np.isfinite(x))
@@ -219,16 +240,37 @@ def score(answers, prompts, kept, args, reward_model, device):
     kept.work(todo, args.micro_batch, scores, "scores", device)
 
 
+def answers_to_score(found, prompts, tokenizer, context, args):
+    """{key: (text of the prompt, policy, answer, truncated)} of what can be scored; the rest is counted.
+    tokenizer, context: the reward model's"""
+    answers, dropped, twice = {}, Counter(), 0
+    for text, policy, answer, truncated in found:
+        key = answer_key(text, f"{policy}\n{answer}")
+        if not answer.strip():
+            dropped["empty"] += 1
+        elif key in answers:
+            twice += 1
+        elif len(chat_ids(tokenizer, prompts[text]["prompt"])) + len(answer_ids(tokenizer, answer)) > context:
+            dropped[f"longer than the {context} tokens of the reward model's context"] += 1
+        else:
+            answers[key] = text, policy, answer, truncated
+    source = f"{len(found)} answers, {twice} of them said before by the same policy"
+    report_drops(dropped, len(found) - twice, source, args.allow_dropped, log=print0)
+    return answers
+
+
 def labelled_rows(prompts, answers, scores):
-    """Rows in the schema of openbmb/UltraFeedback; the lowest of all scores becomes 1, the highest 10."""
-    low, high = min(scores.values()), max(scores.values())
+    """Rows in the schema of openbmb/UltraFeedback. The lowest 1 % of all scores become 1, the highest 1 % 10:
+    between them the map is linear, and one absurd answer does not press the others together."""
+    low, high = np.quantile(list(scores.values()), [0.01, 0.99])
     if low == high:
-        raise BadInput(f"all {len(scores)} scores of --reward_model are {low:g}: it tells nothing apart; "
-                       f"take another.")
+        raise BadInput(f"98 % of the {len(scores)} scores of --reward_model are {low:g}: it tells nothing "
+                       f"apart; take another.")
     completions = defaultdict(list)
-    for key, (text, policy, answer) in answers.items():
-        completions[text].append({"model": policy, "response": answer, "reward_model_score": scores[key],
-                                  "overall_score": round(1 + 9 * (scores[key] - low) / (high - low), 6)})
+    for key, (text, policy, answer, truncated) in answers.items():
+        mapped = 1 + 9 * min(1.0, max(0.0, float((scores[key] - low) / (high - low))))
+        completions[text].append({"model": policy, "response": answer, "overall_score": round(mapped, 6),
+                                  "reward_model_score": scores[key], "truncated": truncated})
     rows = []
     for text, record in prompts.items():
         if completions[text]:
@@ -251,11 +293,18 @@ def check_args(args):
         raise BadInput(f"--per_prompt {args.per_prompt}: a number of policies, or 0 for all.")
 
 
+def default_policies(args):
+    """The model of sft.py where there is one, else --model itself; none where the answers are given."""
+    sft = Path("runs") / Path(args.model).name / "sft"
+    if args.answers:
+        return []
+    return [f"sft={sft}"] if (sft / "config.json").exists() else [f"{Path(args.model).name}={args.model}"]
+
+
 def main(args):
     _, world, device = init_distributed()
     check_args(args)
-    specs = args.policies or ([] if args.answers else [f"{Path(args.model).name}={args.model}"])
-    policies = split_words("--policies", specs)
+    policies = split_words("--policies", args.policies or default_policies(args))
     if len(dict(policies)) < len(policies):
         raise BadInput("--policies: two of them have one name; give each its own.")
     reward_model = stage_folder(args.model, "rm", args.reward_model, "--reward_model",
@@ -266,57 +315,65 @@ def main(args):
     for (_, folder), tokenizer in zip(policies, tokenizers):
         check_model(folder, tokenizer, "--policies", tokens, asked)
     rm_tokenizer = load_tokenizer(reward_model, "--reward_model")
-    check_model(reward_model, rm_tokenizer, "--reward_model", tokens, asked, head=True)
-
-    records = read_data(args.data, args.allow_dropped, log=print0)
-    prompts = prompts_of(records, tokenizers or [rm_tokenizer], args)
-    sampled, given = sampling_jobs(prompts, policies, args), given_answers(prompts, args)
+    context = check_model(reward_model, rm_tokenizer, "--reward_model", tokens, asked, head=True)
     out = Path(args.out or Path("runs") / Path(args.model).name / "labels.jsonl")
+    take_lock(out.with_name(f".{out.name}.lock"), f"--out {out}")
+
+    records = read_data(args.data, args.allow_dropped, log=print0, scored=False)
+    prompts = prompts_of(records, [*tokenizers, rm_tokenizer], args)
+    jobs, given = sampling_jobs(prompts, policies, args), given_answers(prompts, args)
     settings = {"reward_model": f"{reward_model} {fingerprint(reward_model)}", "answers": given,
                 "policies": {name: f"{folder} {fingerprint(folder)}" for name, folder in policies},
-                "jobs": {name: job[2] for name, job in sampled.items()}, "prompts": list(prompts),
+                "jobs": {name: job[2] for name, job in jobs.items()}, "prompts": list(prompts),
                 "response_length": args.response_length, "dtype": args.dtype, "seed": args.seed}
-    settings = {name: value if len(str(value)) < 400 else hashlib.sha256(str(value).encode()).hexdigest()[:24]
-                for name, value in settings.items()}
-    if check_settings(out, settings):
+    digests = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
+               for name, value in settings.items()}
+    digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:8]
+    finished = check_settings(out, digests)
+    texts, scores = Kept(out, digest, "answers"), Kept(out, digest, "scores")
+    if finished:
+        texts.remove()  # of a run that was killed when it had written all
+        scores.remove()
         print0(f"{out}: finished, nothing is left to do")
         return
-    texts = Kept(out, "answers")
-    print0(f"label: {len(prompts)} prompts, {sum(len(job[2]) for job in sampled.values())} answers to sample "
+    print0(f"label: {len(prompts)} prompts, {sum(len(job[2]) for job in jobs.values())} answers to sample "
            f"on {world} ranks, {len(texts.rows)} of them there already; {len(given)} are given")
 
     # 1. sample: one policy after the other is in memory
-    for name, (folder, temperature, asked_for) in sampled.items():
-        sample(name, folder, temperature, asked_for, prompts, texts, args, device)
+    for _, folder in policies:
+        its_own = {name: job for name, job in jobs.items() if job[0] == folder}
+        sample(folder, its_own, prompts, texts, args, device)
+        let_go()
 
     # 2. score
-    found = [(text, name, texts.rows[answer_key(text, name)]["text"])
-             for name, job in sampled.items() for text in job[2]] + given
-    answers = {answer_key(text, f"{name}\n{answer}"): (text, name, answer)
-               for text, name, answer in found if answer.strip()}
-    if not answers:
-        raise BadInput(f"--out {out}: all answers are empty; raise --response_length or take other policies.")
-    scores = Kept(out, "scores")
+    sampled = [(text, name, texts.rows[answer_key(text, name)])
+               for name, (_, _, its_prompts) in jobs.items() for text in its_prompts]
+    found = [(text, name, row["text"], row["truncated"]) for text, name, row in sampled]
+    found += [(*answer, False) for answer in given]
+    answers = answers_to_score(found, prompts, rm_tokenizer, context, args)
     score(answers, prompts, scores, args, reward_model, device)
 
     # 3. write
     rows, low, high = labelled_rows(prompts, answers, {key: scores.rows[key]["score"] for key in answers})
     if dist.get_rank() == 0:
         write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        texts.remove()
-        scores.remove()
-        cut = Counter(name for name, job in sampled.items() for text in job[2]
-                      if texts.rows[answer_key(text, name)]["truncated"])
-        mean = {name: np.mean([scores.rows[key]["score"] for key, a in answers.items() if a[1] == name])
-                for name in dict.fromkeys(name for _, name, _ in answers.values())}
-        for name, x in mean.items():
-            total = sum(a[1] == name for a in answers.values())
-            print(f"  {name}: {total} answers, mean score {x:.3f}, {cut[name]} cut at --response_length")
-        print(f"{out}: {len(rows)} rows, {len(answers)} answers, {len(found) - len(answers)} empty or double "
-              f"ones left out; scores from {low:.3f} to {high:.3f} are 1 to 10")
+        of_policy = defaultdict(list)
+        for key, (_, policy, _, truncated) in answers.items():
+            of_policy[policy].append((scores.rows[key]["score"], truncated))
+        for policy, pairs in of_policy.items():
+            x, truncated = np.mean(pairs, axis=0)
+            cut = f", {truncated:.0%} cut at --response_length" if policy in jobs else ""
+            print(f"  {policy}: {len(pairs)} answers, mean score {x:.3f}{cut}")
+        print(f"{out}: {len(rows)} rows, {len(answers)} answers; scores from {low:.3f} to {high:.3f} became "
+              f"1 to 10")
+    texts.remove()
+    scores.remove()
     dist.barrier()
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    try:
+        main(parse_args(Args))
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; what is sampled and scored is kept, the same command goes on") from None
     dist.destroy_process_group()  # gloo's threads abort where they outlive the interpreter

@@ -26,7 +26,6 @@ import hashlib
 import math
 import os
 import time
-import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -175,13 +174,17 @@ def reference_logprobs(engine, rows, path, key, tokenizer, args, rank, world, de
             with np.load(path, allow_pickle=False) as file:
                 if str(file["key"]) == key:
                     kept = [file["logprobs"]]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        except Exception as e:  # a damaged zip file fails in a dozen ways
             print0(f"warning: {path} cannot be read ({one_line(e)}): its log-probs are computed again")
     kept = gather_rows(kept)
     if kept:
         print0(f"reference: log-probs of {len(rows)} pairs from {path}")
         return kept[0], time.time() - started
     logprobs = logprobs_of(engine, rows, tokenizer, args, rank, world, device)
+    for row, found in zip(rows, logprobs):
+        if not np.isfinite(found).all():
+            raise BadInput(f"--sft_model: its log-prob of an answer to {tokenizer.decode(row[0])[-80:]!r} is "
+                           f"not finite; look at its weights, or take a --ds_config in float32.")
     if rank == 0:
         with writing(path):
             saving = path.with_name(f".{path.name}")
@@ -236,7 +239,8 @@ def main(args):
     # The reference: the policy as it is now, before a checkpoint or a step changes it
     used = sorted(set(epoch_rows(len(train), 0, steps * args.batch_size, args.seed)))
     rows = [train[i] for i in used] + test
-    key = hashlib.sha256(repr((fingerprint(sft), dtype_of(config), rows)).encode()).hexdigest()
+    key = repr((fingerprint(sft), dtype_of(config), world, args.micro_batch, rows))
+    key = hashlib.sha256(key.encode()).hexdigest()
     logprobs, seconds = reference_logprobs(engine, rows, out / "reference.npz", key, tokenizer, args, rank,
                                            world, device)
     reference, test_reference = dict(zip(used, logprobs)), logprobs[len(used):]

@@ -5,15 +5,18 @@ rollout batch go; a second, greedy answer to each prompt comes.
     r_t = -beta KL_t, plus the reward model's score at the last token, as in train_ppo.py
     A_t = sum_(s >= t) r_s - b(x),   b(x) = score of the greedy answer to x
     L   = -mean A_t log pi(a_t | s_t)
-b(x) does not depend on the sampled answer, so that it takes variance away and adds no bias. Three models:
-the policy is trained, reference and reward model are not.
+b(x) does not depend on the sampled answer, so that it takes variance away and, summed over an answer, adds no
+bias. Three models: the policy is trained, reference and reward model are not.
 
 Departures:
 D1  The reward model's score is standardized to about [-1, 1] (rm.json), as in train_ppo.py: one beta and one
     KL target suit both scripts. A model without rm.json keeps its own scale.
 D2  A rollout batch is used once, in optimizer batches as in train_ppo.py. Only the first sees the policy that
     sampled; with --rollout_batch = --micro_batch x --accum_steps there is no other.
-D3  beta KL enters the return of the sampled answer, as in the authors' code, and not the baseline.
+D3  beta KL is part of the return, so that a token answers for the KL of those behind it; the authors' code
+    takes from each token its own. The baseline has none. The authors also clip score - b(x) to +-5.
+D4  The loss is a mean over the tokens of an optimizer batch, as in train_ppo.py and in the authors' code; the
+    paper's is a sum over each answer.
 
     python train_remax.py                                             the toy, on one CPU rank
     deepspeed train_remax.py --model meta-llama/Meta-Llama-3-8B       openbmb/UltraFeedback, ZeRO-3, bf16
@@ -441,12 +444,12 @@ def main(args):
 
         # 3. advantages: score, beta KL_t and the missing-EOS penalty as rewards, summed to the end, less b(x)
         kl = (old_logp - ref_logp) * batch.mask
-        penalty = beta * kl
+        penalty, greedy_penalty = beta * kl, torch.zeros_like(baselines)
         for i, (row, other) in enumerate(zip(rows, greedy)):
             penalty[i, len(row["response_ids"]) - 1] += args.missing_eos_penalty * row["truncated"]
-            baselines[i] -= args.missing_eos_penalty * other["truncated"]
-        advantage, raw_mean, raw_std = advantages(token_rewards(scores, penalty, batch.mask), baselines,
-                                                  batch.mask)
+            greedy_penalty[i] += args.missing_eos_penalty * other["truncated"]
+        advantage, raw_mean, raw_std = advantages(token_rewards(scores, penalty, batch.mask),
+                                                  baselines - greedy_penalty, batch.mask)
         metrics = rollout_metrics(rows, greedy, batch, kl, scores, baselines, entropy, raw_mean, raw_std,
                                   beta, device)
         if truth:

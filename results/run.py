@@ -248,8 +248,8 @@ def save_table(name, settings, columns, decimals=3):
 # ---- the comparison ----------------------------------------------------------------------------------------
 
 # The best of five for each, and DPO's beta, on a seed that is not used again: lr() and beta()
-CHOSEN = {"DPO": ["--lr", 2e-4, "--beta", 1.0], "ReMax": ["--lr", 4e-4], "PPO": ["--lr", 1e-4],
-          "DVPO": ["--lr", 4e-4]}
+CHOSEN = {"DPO": ["--lr", 1e-4, "--beta", 2.0], "ReMax": ["--lr", 2e-4], "PPO": ["--lr", 1e-4],
+          "DVPO": ["--lr", 2e-4]}
 STEPS = 80  # rollout batches of PPO and DVPO; ReMax has half as many, of two answers to a prompt each
 KL = ["--kl_target", 0.4, "--kl_horizon", 500]
 
@@ -273,10 +273,12 @@ def compare(grid, seeds):
     models = {"reward model": grid.rm(1), "GVM": grid.gvm(1),
               "GVM of pairs": grid.gvm(1, "--reward", "preference")}
     grid.execute()  # first, so that what is timed below runs beside nothing else than its like
-    runs = {name: [] for name in (*CHOSEN, "ReMax, twice the tokens", "DVPO, GVM of pairs")}
+    runs = {name: [] for name in (*CHOSEN, "DPO, beta 3", "ReMax, twice the tokens", "DVPO, GVM of pairs")}
     for seed in seeds:
         for name, flags in CHOSEN.items():
             runs[name].append(method(grid, name, f"compare/{name.lower()}", seed, flags))
+        runs["DPO, beta 3"].append(method(grid, "DPO", "compare/dpo_3", seed, [
+            *CHOSEN["DPO"], "--beta", 3.0]))
         runs["ReMax, twice the tokens"].append(method(grid, "ReMax", "compare/remax_twice", seed, [
             *CHOSEN["ReMax"], "--max_steps", STEPS]))
         runs["DVPO, GVM of pairs"].append(grid.dvpo("compare/dvpo_pairs", seed, 1, "--max_steps", STEPS, *KL,
@@ -294,7 +296,7 @@ def compare(grid, seeds):
     save_table("methods", methods, ["true reward", "KL", "length", "tokens", "seconds"])
     print("\nbefore that, seconds of training: " + ", ".join(f"{name} {cost(run)['seconds']:.0f}"
                                                              for name, run in models.items()))
-    online = {name: over_seeds(found) for name, found in runs.items() if name != "DPO"}
+    online = {name: over_seeds(found) for name, found in runs.items() if not name.startswith("DPO")}
     save_table("compare", online, ["start", "reward", "gain", "kl", "length", "converged", "s_generation",
                                    "s_score", "s_train", "s_step", "peak_gb"])
     d, p = online["DVPO"], online["PPO"]
@@ -315,14 +317,15 @@ def compare(grid, seeds):
 
 
 def value(row):
-    return row.get("gvm/mean", row.get("critic/mean"))
+    """What stands for the value of an answer: of the GVM, the critic, or the greedy answer."""
+    return row.get("gvm/mean", row.get("critic/mean", row.get("objective/baseline")))
 
 
 def figure(runs, path):
     """Figure 3 of the paper: reward and value over steps, mean and one standard deviation over seeds."""
     from matplotlib.figure import Figure
     panels = {"true reward": lambda row: row["objective/true_reward"],
-              "mean token value (GVM, critic)": value,
+              "mean token value (GVM, critic), baseline (ReMax)": value,
               "KL to the reference [nats]": lambda row: row["objective/kl"],
               "answer length [tokens]": lambda row: row["completions/mean_length"]}
     picture = Figure(figsize=(9, 6), layout="constrained")
@@ -353,17 +356,18 @@ def lr(grid, seeds):
     runs = {}
     for rate in (5e-5, 1e-4, 2e-4, 4e-4, 8e-4):
         for name in CHOSEN:
-            more = ["--beta", 1.0] if name == "DPO" else []
+            more = CHOSEN["DPO"][2:] if name == "DPO" else []
             runs[f"{name} {rate:g}"] = method(grid, name, f"lr/{name.lower()}_{rate:g}", 11,
                                               ["--lr", rate, *more])
     chosen_on_seed_11(grid, "lr", dict(sorted(runs.items())))
 
 
 def beta(grid, seeds):
-    """DPO has no controller: its beta decides how far it goes from the reference."""
+    """DPO has no controller: its beta decides how far it goes from the reference. The one that comes nearest
+    to the others' KL target is taken; then lr() chooses the learning rate."""
     chosen_on_seed_11(grid, "beta", {
-        f"DPO, beta {x:g}": grid.dpo(f"beta/{x:g}", 11, 1, *CHOSEN["DPO"][:2], "--beta", x)
-        for x in (0.1, 0.3, 1.0, 3.0)})
+        f"DPO, beta {x:g}": grid.dpo(f"beta/{x:g}", 11, 1, "--lr", 2e-4, "--beta", x)
+        for x in (0.1, 0.3, 1.0, 2.0, 3.0)})
 
 
 # ---- the open questions ------------------------------------------------------------------------------------

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
+import train_dpo
+import train_remax
+from conftest import run_stage
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SCRIPTS = ("sft", "train_rm", "train_gvm", "train_dvpo", "train_ppo")
+SCRIPTS = ("sft", "train_rm", "train_gvm", "train_dvpo", "train_ppo", "train_remax", "train_dpo", "label")
 
 
 def test_every_file_and_function_named_exists():
@@ -19,7 +23,7 @@ def test_every_file_and_function_named_exists():
         if name.startswith("runs/"):
             continue  # made by the commands, not part of the tree
         assert (ROOT / name).exists() or (ROOT / "ds_configs" / name).exists(), name
-    named = re.findall(r"`(common|data|train_gvm|train_dvpo|train_rm|train_ppo|sft)\.(\w+)`", README)
+    named = re.findall(r"`(common|data|train_\w+|sft|label)\.(\w+)`", README)
     assert len(named) >= 10
     for module, attribute in named:
         assert attribute == "py" or hasattr(importlib.import_module(module), attribute), (module, attribute)
@@ -58,10 +62,14 @@ def test_every_flag_is_read_and_explained(script):
         assert re.search(rf"^    {field.name}: .*  # \S", source, re.M), f"{field.name} has no help"
 
 
-def test_every_logged_metric_is_in_the_table(chain, baseline):
-    """Keys of the five metrics.jsonl files of a whole run, each with a row in the README's table."""
+def test_every_logged_metric_is_in_the_table(chain, baseline, flags, tmp_path):
+    """Keys of the metrics.jsonl files of every stage, each with a row in the README's table."""
+    run_stage(train_remax, **flags.remax, sft_model=chain.sft, reward_model=baseline.rm,
+              output_dir=tmp_path / "remax")
+    run_stage(train_dpo, **flags.dpo, sft_model=chain.sft, output_dir=tmp_path / "dpo")
     table = set(re.findall(r"`([\w/]+)`", README[README.index("| metric |"):README.index("## Results")]))
-    for folder in (chain.sft, chain.gvm, chain.dvpo, baseline.rm, baseline.ppo):
+    for folder in (chain.sft, chain.gvm, chain.dvpo, baseline.rm, baseline.ppo, tmp_path / "remax",
+                   tmp_path / "dpo"):
         for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
             assert set(json.loads(line)) <= table, set(json.loads(line)) - table
 
@@ -73,7 +81,8 @@ def test_importing_a_stage_touches_nothing(tmp_path):
     code = ("import socket;"
             " socket.socket.connect = lambda *a: (_ for _ in ()).throw(RuntimeError('network'));"
             f"import sys; sys.path.insert(0, {str(ROOT)!r});"
-            " import sft, train_rm, train_gvm, train_dvpo, train_ppo, evaluate, judge, torch;"
+            " import sft, train_rm, train_gvm, train_dvpo, train_ppo, train_remax, train_dpo, label, evaluate, judge;"
+            " import torch;"
             "assert not torch.distributed.is_initialized()")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
     assert list(tmp_path.iterdir()) == []

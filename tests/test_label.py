@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import common
 import label
 import train_dpo
 import train_dvpo
@@ -64,7 +65,8 @@ def test_the_file_is_ultrafeedback_with_the_policies_names(words, data):
     assert [r["policy"] for record in records for r in record["responses"]] == [m for row in rows for m in row["models"]]
     from datasets import load_dataset
     assert load_dataset("json", data_files="labels.jsonl", split="train").num_rows == len(rows)
-    assert {path.name for path in Path().iterdir()} == {"labels.jsonl", "labels.jsonl.settings.json"}
+    assert {path.name for path in Path().iterdir()} == {"labels.jsonl", "labels.jsonl.settings.json",
+                                                        ".labels.jsonl.lock"}
 
 
 def test_greedy_answers_are_the_policys_own(words, chain):
@@ -84,7 +86,8 @@ def test_greedy_answers_are_the_policys_own(words, chain):
 
 
 def test_scores_are_the_reward_models_of_the_text_in_the_file(words, baseline):
-    """Each text with its EOS, scored anew one at a time; the map to 1 .. 10 is linear and keeps the order."""
+    """Each text with its EOS, scored anew one at a time; the map to 1 .. 10 is linear between the lowest and the
+    highest 1 %."""
     rows = run_label(words)
     model, tokenizer, *_ = load_reward_model(baseline.rm, torch.float32)
     pairs = []
@@ -94,10 +97,14 @@ def test_scores_are_the_reward_models_of_the_text_in_the_file(words, baseline):
                                                        c["response"])], torch.device("cpu"), 1)
             assert c["reward_model_score"] == pytest.approx(again, abs=1e-4)
             pairs.append((c["reward_model_score"], c["overall_score"]))
-    everything = [c["reward_model_score"] for row in rows for c in row["completions"]]
-    low, high = min(everything), max(everything)
+    everything = sorted(c["reward_model_score"] for row in rows for c in row["completions"])
+    place = 0.01 * (len(everything) - 1)  # of the 1 % quantile, between two scores
+    i, part = int(place), place % 1
+    low, high = ((1 - part) * a + part * b for a, b in ((everything[i], everything[i + 1]),
+                                                        (everything[-1 - i], everything[-2 - i])))
     for x, mapped in pairs:
-        assert mapped == pytest.approx(1 + 9 * (x - low) / (high - low), abs=1e-5)
+        assert mapped == pytest.approx(min(10, max(1, 1 + 9 * (x - low) / (high - low))), abs=1e-4)
+    assert len({mapped for _, mapped in pairs}) > 10
 
 
 def test_answers_from_a_file_are_scored_with_the_others(words, data, capsys):
@@ -115,6 +122,20 @@ def test_answers_from_a_file_are_scored_with_the_others(words, data, capsys):
     assert "are to prompts that are not labelled here" in capsys.readouterr().out
     with pytest.raises(BadInput, match="pairs.jsonl:1: no policy name .*--answers name=pairs.jsonl"):
         run_label(words, answers=["pairs.jsonl"], out="other.jsonl")
+
+
+def test_answers_without_scores_and_twice_the_same_command(words, capsys):
+    """What nobody has scored, and few of them: the settings that are kept recognize the same command."""
+    rows = [{"instruction": row["instruction"], "completions": [
+        {"model": c["model"], "response": c["response"]} for c in row["completions"]]} for row in feedback_rows()]
+    del words["policies"]
+    given = write_jsonl(Path("given=1.jsonl"), rows[:3])  # a file's own name may have a =
+    data = write_jsonl(Path("unscored.jsonl"), rows)
+    shares = {"shares": ["sft", "value", "rl", "test"], "data": data, "answers": [given]}
+    found = run_label(words, **shares)
+    assert [row["instruction"] for row in found] == [row["instruction"] for row in rows[:3]]
+    run_label(words, **shares)
+    assert "nothing is left to do" in capsys.readouterr().out
 
 
 def test_only_some_prompts_and_policies(words):
@@ -184,7 +205,7 @@ def test_an_interrupted_run_goes_on_and_asks_for_nothing_twice(words, tmp_path, 
         count.append(cut_after(4, patch))
         with pytest.raises(PowerCut):
             run_label(words)
-    kept, = tmp_path.glob("labels.jsonl.answers.rank0.jsonl")
+    kept, = tmp_path.glob("labels.jsonl.*.answers.rank0.jsonl")
     with open(kept, "a") as f:
         f.write('{"key": "cut sh')
     with monkeypatch.context() as patch:
@@ -229,6 +250,33 @@ def test_a_reward_model_trained_again_is_noticed(words, baseline, tmp_path):
         run_label(words, reward_model=tmp_path / "rm")
 
 
+def test_rows_that_are_kept_belong_to_their_settings(words, tmp_path, monkeypatch):
+    """Somebody deletes the settings of a run that was cut: its answers are not taken for those of another seed."""
+    with monkeypatch.context() as patch:
+        cut_after(5, patch)
+        with pytest.raises(PowerCut):
+            run_label(words)
+    (tmp_path / "labels.jsonl.settings.json").unlink()
+    assert run_label(words, seed=2) == run_label(words, seed=2, out="fresh.jsonl")
+
+
+def test_a_second_writer_is_refused(words, tmp_path):
+    """Another process holds the lock beside --out; a folder with brackets in its name is a folder."""
+    out = tmp_path / "[a]" / "labels.jsonl"
+    out.parent.mkdir()
+    lock = f"import fcntl, time; f = open({str(out.with_name('.labels.jsonl.lock'))!r}, 'w'); " \
+           "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", lock], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(BadInput, match="another run is writing there"):
+            run_label(words, out=out)
+    finally:
+        other.kill()
+        other.wait()
+    assert run_label(words, out=out)
+
+
 def test_a_full_disk_is_one_sentence_and_what_was_kept_stays(words, tmp_path):
     """The operating system's own limit on the size of a file, in a process of its own."""
     def limit():
@@ -248,6 +296,7 @@ def test_two_ranks_write_the_file_of_one(words, tmp_path):
         cut_after(4, patch)
         with pytest.raises(PowerCut):
             run_label(words, out=tmp_path / "two.jsonl")
+    common.LOCKS.pop(tmp_path / ".two.jsonl.lock").close()  # this process lives on, a run would not
     process = start([ROOT / "label.py", *argv_of({**words, "out": tmp_path / "two.jsonl"})], 2)
     text, _ = process.communicate(timeout=200)
     assert process.returncode == 0, text[-2000:]
@@ -287,6 +336,9 @@ def broken_rm(words, tmp_path):
     (lambda w, t: {"policies": [f"a={w['model']}", f"a={w['model']}"]}, "two of them have one name"),
     ({"temperatures": [-1]}, "--temperatures -1"),
     ({"temperatures": ["nan"]}, "--temperatures nan"),
+    (lambda w, t: {"answers": [write_jsonl(t / "long.jsonl", [
+        {"instruction": row["instruction"], "completions": [{"model": "m", "response": "no . " * 100}]}
+        for row in feedback_rows()])]}, "longer than the 128 tokens of the reward model's context"),
     ({"temperatures": [1, 1.0]}, "--temperatures: two of them are one"),
     ({"temperatures": ["hot"]}, "--temperatures"),
     ({"shares": ["train"]}, "--shares train"),
@@ -301,8 +353,8 @@ def broken_rm(words, tmp_path):
     (lambda w, t: {"reward_model": constant_rm(w, t)}, "tells nothing apart"),
     (lambda w, t: {"reward_model": broken_rm(w, t)}, "--reward_model .*is not finite"),
     (lambda w, t: {"out": (t / "there.jsonl").write_text("mine") and t / "there.jsonl"}, "was not written by label.py"),
-    (lambda w, t: {"out": (t / "file").write_text("") or t / "file/x.jsonl"}, "file.*cannot be written"),
-    ({"out": "/proc/nothing/x.jsonl"}, "/proc/nothing.*cannot be written"),
+    (lambda w, t: {"out": (t / "file").write_text("") or t / "file/x.jsonl"}, "file.*cannot write there"),
+    ({"out": "/proc/nothing/x.jsonl"}, "/proc/nothing.*cannot write there"),
     (lambda w, t: {"data": write_jsonl(t / "d.jsonl", [r for r in feedback_rows()
                                                         if split_of(r["instruction"], 0) == "sft"])},
      "no prompt of --shares value rl test"),

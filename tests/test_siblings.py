@@ -132,7 +132,8 @@ def test_the_reward_model_is_asked_once_an_answer(remax):
 
 
 def test_advantages_in_the_loop(remax):
-    """Score, beta KL, what a missing EOS costs in the answer and in the baseline, from what the loop was given."""
+    """Score, beta KL, what a missing EOS costs in the answer and in the baseline, from what the loop was given;
+    the log has scores and baselines as the reward model gave them."""
     for step, ((args, (batch, old, ref, scores, baselines, _)), (update, _)) in enumerate(
             zip(remax.scored, remax.updates)):
         rows, greedy = args[3:5]
@@ -141,18 +142,14 @@ def test_advantages_in_the_loop(remax):
             T = len(row["response_ids"])
             kl = (old - ref)[i, :T].double()
             score = scores[i].item() - 0.5 * row["truncated"]
-            b = baselines[i].item()  # the loop has taken the penalty off this tensor already
+            b = baselines[i].item() - 0.5 * other["truncated"]
             wanted = [score - beta * kl[t:].sum().item() - b for t in range(T)]
             assert advantage[i, :T].tolist() == pytest.approx(wanted, abs=1e-5)
             assert (advantage[i, T:] == 0).all()
-
-
-def test_a_truncated_greedy_answer_costs_the_baseline_too(remax):
-    asked, scored = remax.asked[0], remax.scored[0]
-    greedy = scored[0][4]
-    for x, b, row in zip(asked[1][4:], scored[1][4].tolist(), greedy):
-        assert b == pytest.approx(x - 0.5 * row["truncated"], abs=1e-6)
-    assert any(row["truncated"] for row in greedy)
+        row, asked = metrics(remax.folder)[step], remax.asked[step][1]
+        assert row["objective/scores"] == pytest.approx(np.mean(asked[:4]), abs=1e-6)
+        assert row["objective/baseline"] == pytest.approx(np.mean(asked[4:]), abs=1e-6)
+    assert any(row["truncated"] for args, _ in remax.scored for row in args[4])
 
 
 def test_remax_starts_from_kl_0_and_only_the_policy_moves(remax, chain, baseline):
@@ -317,28 +314,47 @@ def test_the_reference_is_computed_once_for_the_pairs_that_are_used(dpo, chain, 
     assert same(rows) == same(dpo.rows)
     path = dpo.folder / "reference.npz"
     whole = path.read_bytes()
-    for damaged in (whole[:len(whole) // 2], b"", whole[:100] + bytes([whole[100] ^ 255]) + whole[101:]):
+    places = [0, 4, 6, 100, len(whole) // 2, len(whole) - 100, len(whole) - 60, len(whole) - 10]
+    flipped = [whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1:] for i in places]
+    found = []
+    for damaged in (whole[:len(whole) // 2], b"", *flipped):
         path.write_bytes(damaged)
         rows, times = again()
-        assert times == 1 and same(rows) == same(dpo.rows)
-        assert "cannot be read" in capsys.readouterr().out
+        assert same(rows) == same(dpo.rows)
+        assert ("cannot be read" in capsys.readouterr().out) == (times == 1)
+        found.append(times)
+    assert found[:2] == [1, 1] and sum(found) >= 6  # the rest are bytes of the zip file that nobody reads
     assert again(seed=2)[1] == 1 and again(sft_model=chain.dvpo)[1] == 1
 
 
-def test_one_step_of_dpo_is_the_gradient_of_its_definition(chain, flags, tmp_path):
-    """One batch of one pair, clipped to a tiny norm: the direction in which every weight moves under Adam's first
-    step is the sign of the gradient of -log sigmoid(beta (log pi(y_w) - log pi(y_l) - reference)), in float64."""
+@pytest.mark.parametrize("beta, smoothing", [(0.5, 0.0), (0.3, 0.2)])
+def test_two_steps_of_dpo_are_those_of_its_definition(beta, smoothing, chain, flags, tmp_path):
+    """Four pairs a step in two micro batches. In float64, every log pi from a forward pass of its own: the norm of
+    the first gradient is the log's, every weight moves under Adam's first step against the sign of its gradient,
+    and the weights after it give the loss and the rewards of the second step."""
     notes = []
     with pytest.MonkeyPatch.context() as patch:
         recorded(patch, train_dpo, "preference_rows", notes)
-        run_dpo(flags, chain, tmp_path / "out", batch_size=1, micro_batch=1, max_steps=1, lr=1e-4, beta=0.5,
-                eval_pairs=1)
-    order = np.random.default_rng([1, 0]).permutation(len(notes[0][1][0]))
-    prompt, chosen, rejected = notes[0][1][0][order[0]]
-    exact = plain(chain.sft).double()
-    difference = logprob_by_hand(exact, prompt, chosen) - logprob_by_hand(exact, prompt, rejected)
-    (-torch.nn.functional.logsigmoid(0.5 * (difference - difference.detach()))).backward()
-    before, after = plain(chain.sft).state_dict(), plain(tmp_path / "out").state_dict()
+        for steps in (1, 2):
+            run_dpo(flags, chain, tmp_path / str(steps), batch_size=4, micro_batch=2, max_steps=steps, lr=1e-3,
+                    epochs=2, beta=beta, label_smoothing=smoothing, eval_every=0, save_every=0)
+    pairs = notes[0][1][0]
+    picks = np.random.default_rng([1, 0]).permutation(len(pairs))
+
+    def rewards_and_loss(model, reference, step):
+        """Mean rewards of chosen and rejected answers, mean loss."""
+        r = [beta * (logprob_by_hand(model, pairs[i][0], y) - logprob_by_hand(reference, pairs[i][0], y).detach())
+             for i in picks[4 * step:4 * step + 4] for y in pairs[i][1:]]
+        h = [a - b for a, b in zip(r[::2], r[1::2])]
+        loss = sum(-(1 - smoothing) * torch.log(torch.sigmoid(x)) - smoothing * torch.log(torch.sigmoid(-x))
+                   for x in h) / 4
+        return sum(r[::2]) / 4, sum(r[1::2]) / 4, loss
+    exact, reference = plain(chain.sft).double(), plain(chain.sft).double()
+    rewards_and_loss(exact, reference, 0)[2].backward()
+    norm = torch.stack([p.grad.norm() for p in exact.parameters()]).norm().item()
+    first, second = metrics(tmp_path / "2")
+    assert first["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 0.01
+    before, after = plain(chain.sft).state_dict(), plain(tmp_path / "1").state_dict()
     checked = 0
     for name, p in exact.named_parameters():
         large = p.grad.abs() > 1e-4
@@ -346,6 +362,25 @@ def test_one_step_of_dpo_is_the_gradient_of_its_definition(chain, flags, tmp_pat
         assert (moved.sign() == -p.grad[large].sign()).all(), name
         checked += large.sum().item()
     assert checked > 1000
+    # The second step of a longer run has another learning rate, but its loss is of the weights before it: those
+    # of a run of one step at the rate that the first of two steps had, which is the full one in both
+    with torch.no_grad():
+        chosen, rejected, loss = rewards_and_loss(plain(tmp_path / "1").double(), reference, 1)
+    assert (second["rewards/chosen"], second["rewards/rejected"], second["loss"]) == pytest.approx(
+        (chosen.item(), rejected.item(), loss.item()), abs=1e-4)
+    assert abs(second["loss"] - math.log(2)) > 0.01
+
+
+def test_log_probs_that_are_not_finite_are_not_kept(chain, flags, tmp_path):
+    from safetensors.torch import load_file, save_file
+    import shutil
+    shutil.copytree(chain.sft, tmp_path / "sft")
+    weights = load_file(tmp_path / "sft/model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, tmp_path / "sft/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="its log-prob of an answer to .* is not finite"):
+        run_dpo(flags, chain, tmp_path / "out", sft_model=tmp_path / "sft")
+    assert not (tmp_path / "out/reference.npz").exists()
 
 
 def test_lora_dpo_starts_from_its_reference_and_saves_a_plain_policy(chain, flags, tmp_path):
