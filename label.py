@@ -54,7 +54,7 @@ class Args:
     reward_model: str = ""  # one-label sequence classifier, default runs/<model name>/rm
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file; prompts only
     split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
-    shares: list[str] = field(default_factory=lambda: ["value", "rl", "test"])  # of the prompts; no SFT here
+    shares: list[str] = field(default_factory=lambda: ["value", "rl", "test"])  # of prompts; SFT's are of no use
     prompts: int = 10**9  # at most this many prompts, drawn from all
     allow_dropped: bool = False  # go on when more than 10 % of the prompts had to be dropped
     max_prompt_length: int = 1024  # longer prompts are dropped and counted [tokens]

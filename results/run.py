@@ -325,7 +325,7 @@ def figure(runs, path):
     """Figure 3 of the paper: reward and value over steps, mean and one standard deviation over seeds."""
     from matplotlib.figure import Figure
     panels = {"true reward": lambda row: row["objective/true_reward"],
-              "mean token value (GVM, critic), baseline (ReMax)": value,
+              "value: GVM, critic; ReMax: baseline": value,
               "KL to the reference [nats]": lambda row: row["objective/kl"],
               "answer length [tokens]": lambda row: row["completions/mean_length"]}
     picture = Figure(figsize=(9, 6), layout="constrained")

@@ -49,6 +49,16 @@ def test_flags_named_in_the_text_exist():
     assert set(re.findall(r"`[^`\n]*?--(\w+)", README)) <= known
 
 
+def test_the_sizes_of_the_diffs_are_what_is_said():
+    """`diff a.py b.py` ... (N lines go, M come)"""
+    import subprocess
+    said = re.findall(r"`diff (\w+\.py) (\w+\.py)`(?:(?!`diff ).)*?\((\d+) lines go, (\d+) come\)", README, re.S)
+    assert len(said) == 4
+    for one, other, go, come in said:
+        lines = subprocess.run(["diff", one, other], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+        assert (sum(x[0] == "<" for x in lines), sum(x[0] == ">" for x in lines)) == (int(go), int(come)), (one, other)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read_and_explained(script):
     """No flag that nothing reads, none without help, at most 45."""

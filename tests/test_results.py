@@ -121,7 +121,7 @@ def test_the_results_page_names_commands_that_exist():
     """Each `python results/run.py X` is an experiment, each has its section and, once measured, its file."""
     page = (ROOT / "results/README.md").read_text()
     named = set(re.findall(r"python results/run\.py (\w+)", page))
-    assert named == {"compare", "lr", "baseline", "advantage", "lam", "conditioning", "normalization",
+    assert named == {"compare", "lr", "beta", "instruction", "baseline", "advantage", "lam", "conditioning", "normalization",
                      "drift", "frontier"}
     assert all(callable(getattr(run, name)) for name in named)
     for name in named - {"compare"}:
