@@ -170,8 +170,8 @@ LOST_RANK = re.compile(r"Connection (closed|reset) by peer")  # what a collectiv
 def say_when_another_rank_has_died(otherwise, kind, error, trace):
     """One sentence in place of the traceback of a collective that lost its partner."""
     if issubclass(kind, RuntimeError) and LOST_RANK.search(str(error)):
-        print(f"rank {dist.get_rank()}: another rank has ended, see above for why; the last checkpoint is "
-              f"good, --resume True goes on from it", file=sys.stderr, flush=True)
+        print(f"rank {dist.get_rank()}: another rank has ended, see above for why; what was saved is kept, "
+              f"and the run goes on from there", file=sys.stderr, flush=True)
     else:
         otherwise(kind, error, trace)
 

@@ -322,45 +322,74 @@ def prompt_fault(prompt):
     return None if [turn["role"] for turn in turns] == expected else "turns out of order"
 
 
-def record_of(where, row, scored=True):
-    """(record or None, [reason] of each dropped response) of a row. scored: whether UltraFeedback's responses
-    must have a score."""
+def record_of(where, row, needs="scores"):
+    """(record or None, [reason] of each dropped response) of a row.
+
+    needs: "scores": UltraFeedback's responses must have one; "answers": without one is fine; "prompts": rows
+           of `instruction` or `prompt` alone are fine, too, and the record has no responses
+    """
+    if needs == "prompts":
+        prompt, responses = prompt_of(row, where), []
+        fault = prompt_fault(prompt)
+        return (None, [fault]) if fault else (new_record(where, row, "prompt", prompt, responses), [])
     shape = shape_of(row)
     if shape is None:
-        columns = one_line(", ".join(map(repr, row))) if row else "none"
-        raise BadInput(f"{where}: no known shape has these columns: {columns}; see the table in data.py")
+        raise no_shape(where, row)
     prompt, responses = parse_row(row, shape, where)
     if not responses:
         return None, ["no completions"]
     faults = []
     for response in responses:
         empty = None if response["text"].strip() else "empty response"
-        unscored = "no score" if scored and shape == "ultrafeedback" and response["score"] is None else None
+        needed = needs == "scores" and shape == "ultrafeedback"
+        unscored = "no score" if needed and response["score"] is None else None
         faults.append(prompt_fault(prompt) or empty or unscored)
     if shape in ("binarized", "pairs"):
         # Half a pair says nothing, and a rejected response left alone would pass for the best one.
         faults = [faults[0] or faults[1]] * 2
+    kept = [response for response, fault in zip(responses, faults) if fault is None]
+    record = new_record(where, row, shape, prompt, kept) if kept else None
+    return record, [fault for fault in faults if fault is not None]
+
+
+def prompt_of(row, where):
+    """The prompt of a row of any shape, or of one that has `instruction` or `prompt` alone."""
+    shape = shape_of(row)
+    if shape is None and "instruction" in row:
+        return parse_row({**row, "output": ""}, "instruction", where)[0]
+    if shape is None and "prompt" in row:
+        return separate_prompt(row, where)
+    if shape is None:
+        raise no_shape(where, row)
+    return parse_row(row, shape, where)[0]
+
+
+def no_shape(where, row):
+    columns = one_line(", ".join(map(repr, row))) if row else "none"
+    return BadInput(f"{where}: no known shape has these columns: {columns}; see the table in data.py")
+
+
+def new_record(where, row, shape, prompt, responses):
     group = row.get("group")
     if not isinstance(group, (str, int, type(None))):
         raise wrong_type(where, "group", group, "a string or an integer")
     group = prompt_text(prompt) if group in (None, "") else text_of(str(group), where, "group")
-    kept = [response for response, fault in zip(responses, faults) if fault is None]
-    record = {"where": where, "shape": shape, "prompt": prompt, "group": group, "responses": kept}
-    return record if kept else None, [fault for fault in faults if fault is not None]
+    return {"where": where, "shape": shape, "prompt": prompt, "group": group, "responses": responses}
 
 
 # ---- from a source to records ----
 
-def read_data(source, allow_dropped=False, log=print, scored=True):
+def read_data(source, allow_dropped=False, log=print, needs="scores"):
     """The records of a source, in its order; duplicate rows stay, a row without a usable response goes.
+    needs: as in record_of
 
     Logs one line: source, rows of each shape, repaired scores, kept and dropped responses.
     """
     records, shapes, dropped, first = [], Counter(), Counter(), {}
     repaired = kept = 0
     for where, row in read_rows(source):
-        record, faults = record_of(where, row, scored)
-        shapes[shape_of(row)] += 1
+        record, faults = record_of(where, row, needs)
+        shapes[shape_of(row) or "prompt"] += 1
         if shape_of(row) == "ultrafeedback":
             repaired += sum(map(mistaken_ten, row["completions"] or []))
         for fault in faults:
@@ -368,10 +397,11 @@ def read_data(source, allow_dropped=False, log=print, scored=True):
             first.setdefault(fault, where)
         if record is not None:
             records.append(record)
-            kept += len(record["responses"])
+            kept += 1 if needs == "prompts" else len(record["responses"])
     found = ", ".join(f"{count} {shape} rows" for shape, count in shapes.items())
     found += f", 10 repaired to 1 in {repaired} of their scores" if repaired else ""
-    report_drops(dropped, kept + dropped.total(), f"{source} ({found}), responses", allow_dropped, log, first)
+    what = "prompts" if needs == "prompts" else "responses"
+    report_drops(dropped, kept + dropped.total(), f"{source} ({found}), {what}", allow_dropped, log, first)
     return records
 
 

@@ -6,15 +6,15 @@ Each policy answers at each temperature, and that is a policy of its own: its na
 scores are mapped linearly, the lowest 1 % to 1 and the highest 1 % to 10, which `train_gvm.py --reward score`
 takes as -1 and +1. train_gvm.py, train_dvpo.py and the baselines then read the file by --data, as any other.
 
-An answer that --response_length cut is scored as it stands, and has `"truncated": true`. An interrupted run
-goes on with the same command: what is sampled and scored is kept beside --out. The noise of an answer depends
-on its prompt and policy alone, so that, but for rounding, no answer depends on the number of ranks.
+An answer that --response_length cut is scored as if it ended there, and has `"truncated": true`. An
+interrupted run goes on with the same command: what is sampled and scored is kept beside --out. The noise of
+an answer depends on its prompt and policy alone: but for rounding the number of ranks changes nothing.
 
     python label.py                                                   the toy, on one CPU rank
     deepspeed label.py --model mistralai/Mistral-7B-Instruct-v0.2 --reward_model <a sequence classifier>
 
-reads   prompts of --data (its answers and scores, if any, are not looked at), policies, a reward model: any
-        causal one-label sequence classifier
+reads   prompts of --data (in any of its shapes, or rows of `instruction` or `prompt` alone; its answers are
+        not looked at), policies, a reward model: any causal one-label sequence classifier
 writes  runs/<model name>/labels.jsonl in the schema of openbmb/UltraFeedback, and labels.jsonl.settings.json
 """
 
@@ -22,6 +22,7 @@ import functools
 import gc
 import hashlib
 import json
+import re
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ from evaluate import split_words
 from judge import appended, kept_lines, write_whole
 
 SHARES = ("sft", "value", "rl", "test")
+SCORING = {"reward_model", "answers"}  # settings that change no sampled answer
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Args:
     reward_model: str = ""  # one-label sequence classifier, default runs/<model name>/rm
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file; prompts only
     split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
-    shares: list[str] = field(default_factory=lambda: ["value", "rl", "test"])  # of prompts; SFT's are of no use
+    shares: list[str] = field(default_factory=lambda: ["value", "rl", "test"])  # whose prompts to take
     prompts: int = 10**9  # at most this many prompts, drawn from all
     allow_dropped: bool = False  # go on when more than 10 % of the prompts had to be dropped
     max_prompt_length: int = 1024  # longer prompts are dropped and counted [tokens]
@@ -70,11 +72,12 @@ class Args:
 
 def prompts_of(records, tokenizers, args):
     """{text of the prompt: its record}, of the shares that are asked for, each prompt once."""
-    found, dropped = {}, Counter()
+    found, seen, dropped = {}, set(), Counter()
     for record in records:
         text, turns = prompt_text(record["prompt"]), record["prompt"]
-        if split_of(text, args.split_seed) not in args.shares or text in found:
+        if split_of(text, args.split_seed) not in args.shares or text in seen:
             continue
+        seen.add(text)
         if len(turns) > 1:
             dropped["prompt of several turns or with a system turn; UltraFeedback's schema has one turn"] += 1
         elif max(len(chat_ids(t, turns)) for t in tokenizers) > args.max_prompt_length:
@@ -108,7 +111,7 @@ def given_answers(prompts, args):
         name, equals, path = spec.partition("=")
         name, path = (name, path) if equals and not Path(spec).exists() else ("", spec)
         kept = other = 0
-        for record in read_data(path, args.allow_dropped, log=print0, scored=False):
+        for record in read_data(path, args.allow_dropped, log=print0, needs="answers"):
             for response in record["responses"]:
                 policy = name or response["policy"]
                 if not policy:
@@ -127,7 +130,7 @@ def given_answers(prompts, args):
 
 class Kept:
     """Rows {"key": ..., ...} that all ranks append to files of their own beside --out, and read together. The
-    files' names have a digest of the settings, so that rows of other settings are never taken."""
+    files' names have a digest of what made the rows, so that none of other settings is ever taken."""
 
     def __init__(self, out, digest, kind):
         self.folder, self.name = out.parent, f"{out.name}.{digest}.{kind}.rank"
@@ -161,32 +164,43 @@ class Kept:
                 bar.update(int(all_sum(len(part), device=device)[0]))
         self.read()
 
-    def remove(self):
-        for path in self.files() if dist.get_rank() == 0 else ():
+
+def remove_kept(out):
+    """Called by every rank when the file is whole."""
+    for path in list(out.parent.iterdir()) if dist.get_rank() == 0 else ():
+        if re.fullmatch(re.escape(out.name) + r"\.\w+\.(answers|scores)\.rank\d+\.jsonl", path.name):
             path.unlink()
 
 
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
+
+
 def answer_key(text, policy):
-    return hashlib.sha256(json.dumps([text, policy]).encode()).hexdigest()[:24]
+    return digest([text, policy])
 
 
 def check_settings(out, settings):
-    """Whether the file is finished already; BadInput where it was begun with other settings."""
-    record = out.with_name(f"{out.name}.settings.json")
+    """Whether the file is finished already; BadInput where it was begun with other settings.
+
+    settings: {name: digest}. Of a file that is not finished only the sampling ones must be the same: another
+              reward model may score what is sampled
+    """
+    record = out.with_name(f"{out.name}.settings")
     try:
         then = json.loads(record.read_text()) if record.exists() else None
         differ = [key for key in settings if then is not None and then.get(key) != settings[key]]
     except (ValueError, AttributeError) as e:
-        raise BadInput(f"{record}: cannot be read ({one_line(e)}); delete it, or name another "
+        raise BadInput(f"{record}: cannot be read ({one_line(e)}); delete it and {out}, or name another "
                        f"--out.") from None
-    if differ:
+    finished = out.exists()
+    if then is None and finished:
+        raise BadInput(f"--out {out}: exists, and was not written by label.py; name another file.")
+    if [key for key in differ if finished or key not in SCORING]:
         raise BadInput(f"--out {out}: begun with other settings ({', '.join(differ)}); delete {record} and "
                        f"{out}, or name another file.")
-    if then is None and out.exists():
-        raise BadInput(f"--out {out}: exists, and was not written by label.py; name another file.")
-    finished = out.exists()
     dist.barrier()
-    if dist.get_rank() == 0 and then is None:
+    if dist.get_rank() == 0 and (then is None or differ):
         write_whole(record, json.dumps(settings, indent=1))
     return finished
 
@@ -206,7 +220,8 @@ def sample(folder, jobs, prompts, kept, args, device):
         ids = [chat_ids(tokenizer, prompts[text]["prompt"]) for text in part]
         seeds = [int(keyed_rng(args.seed, *(zlib.crc32(x.encode()) for x in (text, name))).integers(2**62))
                  for text in part]
-        found = generate(policy, ids, seeds, args.response_length, jobs[name][1], tokenizer, device)
+        found = generate(policy, ids, seeds, args.response_length, jobs[name][1], tokenizer, device,
+                         batch=args.micro_batch)
         return [{"key": answer_key(text, name), "text": tokenizer.decode(y, skip_special_tokens=True).strip(),
                  "truncated": y[-1] != tokenizer.eos_token_id} for text, y in zip(part, found)]
     for name, texts in todo.items():
@@ -222,7 +237,7 @@ def let_go():
 
 def score(answers, prompts, kept, args, reward_model, device):
     """Append the reward model's score of each answer to `kept`; answers: {key: (text of the prompt, policy,
-    answer, truncated)}. It reads complete answers, as the file will have them."""
+    answer, truncated)}. It reads them as complete answers, EOS behind them, as every stage will."""
     todo = [key for key in answers if key not in kept.rows]
     if not todo:
         return
@@ -235,14 +250,15 @@ def score(answers, prompts, kept, args, reward_model, device):
         if not np.isfinite(found).all():
             bad = next(chat for chat, x in zip(chats, found) if not np.isfinite(x))
             raise BadInput(f"--reward_model {reward_model}: its score of an answer to "
-                           f"{bad[0][-1]['content'][:80]!r} is not finite; try --dtype float32.")
+                           f"{bad[0][-1]['content'][:80]!r} is not finite; take another, or --dtype float32 "
+                           f"(which samples anew).")
         return [{"key": key, "score": x} for key, x in zip(part, found)]
     kept.work(todo, args.micro_batch, scores, "scores", device)
 
 
 def answers_to_score(found, prompts, tokenizer, context, args):
     """{key: (text of the prompt, policy, answer, truncated)} of what can be scored; the rest is counted.
-    tokenizer, context: the reward model's"""
+    truncated: None where it is not known;  tokenizer, context: the reward model's"""
     answers, dropped, twice = {}, Counter(), 0
     for text, policy, answer, truncated in found:
         key = answer_key(text, f"{policy}\n{answer}")
@@ -270,7 +286,8 @@ def labelled_rows(prompts, answers, scores):
     for key, (text, policy, answer, truncated) in answers.items():
         mapped = 1 + 9 * min(1.0, max(0.0, float((scores[key] - low) / (high - low))))
         completions[text].append({"model": policy, "response": answer, "overall_score": round(mapped, 6),
-                                  "reward_model_score": scores[key], "truncated": truncated})
+                                  "reward_model_score": scores[key],
+                                  **({} if truncated is None else {"truncated": truncated})})
     rows = []
     for text, record in prompts.items():
         if completions[text]:
@@ -317,25 +334,24 @@ def main(args):
     rm_tokenizer = load_tokenizer(reward_model, "--reward_model")
     context = check_model(reward_model, rm_tokenizer, "--reward_model", tokens, asked, head=True)
     out = Path(args.out or Path("runs") / Path(args.model).name / "labels.jsonl")
+    if out.is_dir() or not out.name:
+        raise BadInput(f"--out {out} is a folder: name a file in it.")
     take_lock(out.with_name(f".{out.name}.lock"), f"--out {out}")
 
-    records = read_data(args.data, args.allow_dropped, log=print0, scored=False)
+    records = read_data(args.data, args.allow_dropped, log=print0, needs="prompts")
     prompts = prompts_of(records, [*tokenizers, rm_tokenizer], args)
     jobs, given = sampling_jobs(prompts, policies, args), given_answers(prompts, args)
     settings = {"reward_model": f"{reward_model} {fingerprint(reward_model)}", "answers": given,
                 "policies": {name: f"{folder} {fingerprint(folder)}" for name, folder in policies},
                 "jobs": {name: job[2] for name, job in jobs.items()}, "prompts": list(prompts),
                 "response_length": args.response_length, "dtype": args.dtype, "seed": args.seed}
-    digests = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
-               for name, value in settings.items()}
-    digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:8]
-    finished = check_settings(out, digests)
-    texts, scores = Kept(out, digest, "answers"), Kept(out, digest, "scores")
-    if finished:
-        texts.remove()  # of a run that was killed when it had written all
-        scores.remove()
+    digests = {name: digest(value) for name, value in settings.items()}
+    if check_settings(out, digests):
+        remove_kept(out)  # left by a run that was killed when it had written all
         print0(f"{out}: finished, nothing is left to do")
         return
+    texts = Kept(out, digest([x for name, x in digests.items() if name not in SCORING])[:8], "answers")
+    scores = Kept(out, digest(digests)[:8], "scores")
     print0(f"label: {len(prompts)} prompts, {sum(len(job[2]) for job in jobs.values())} answers to sample "
            f"on {world} ranks, {len(texts.rows)} of them there already; {len(given)} are given")
 
@@ -349,7 +365,7 @@ def main(args):
     sampled = [(text, name, texts.rows[answer_key(text, name)])
                for name, (_, _, its_prompts) in jobs.items() for text in its_prompts]
     found = [(text, name, row["text"], row["truncated"]) for text, name, row in sampled]
-    found += [(*answer, False) for answer in given]
+    found += [(*answer, None) for answer in given]
     answers = answers_to_score(found, prompts, rm_tokenizer, context, args)
     score(answers, prompts, scores, args, reward_model, device)
 
@@ -361,14 +377,13 @@ def main(args):
         for key, (_, policy, _, truncated) in answers.items():
             of_policy[policy].append((scores.rows[key]["score"], truncated))
         for policy, pairs in of_policy.items():
-            x, truncated = np.mean(pairs, axis=0)
-            cut = f", {truncated:.0%} cut at --response_length" if policy in jobs else ""
-            print(f"  {policy}: {len(pairs)} answers, mean score {x:.3f}{cut}")
+            cut = [truncated for _, truncated in pairs if truncated is not None]
+            text = f", {np.mean(cut):.0%} cut at --response_length" if cut else ""
+            print(f"  {policy}: {len(pairs)} answers, mean score {np.mean([x for x, _ in pairs]):.3f}{text}")
         print(f"{out}: {len(rows)} rows, {len(answers)} answers; scores from {low:.3f} to {high:.3f} became "
               f"1 to 10")
-    texts.remove()
-    scores.remove()
     dist.barrier()
+    remove_kept(out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 interrupted run ends as one that was not."""
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -65,7 +66,7 @@ def test_the_file_is_ultrafeedback_with_the_policies_names(words, data):
     assert [r["policy"] for record in records for r in record["responses"]] == [m for row in rows for m in row["models"]]
     from datasets import load_dataset
     assert load_dataset("json", data_files="labels.jsonl", split="train").num_rows == len(rows)
-    assert {path.name for path in Path().iterdir()} == {"labels.jsonl", "labels.jsonl.settings.json",
+    assert {path.name for path in Path().iterdir()} == {"labels.jsonl", "labels.jsonl.settings",
                                                         ".labels.jsonl.lock"}
 
 
@@ -138,6 +139,44 @@ def test_answers_without_scores_and_twice_the_same_command(words, capsys):
     assert "nothing is left to do" in capsys.readouterr().out
 
 
+def test_prompts_alone_are_enough(words, capsys):
+    """Rows of `instruction` or `prompt`, chats that end with the user: the same answers as with the data's own."""
+    rows = [row["instruction"] for row in feedback_rows()]
+    shapes = [lambda text: {"instruction": text}, lambda text: {"prompt": text},
+              lambda text: {"prompt": [{"role": "user", "content": text}]},
+              lambda text: {"messages": [{"role": "user", "content": text}]}]
+    write_jsonl(Path("prompts.jsonl"), [shapes[i % 4](text) for i, text in enumerate(rows)])
+    assert run_label(words, data="prompts.jsonl", out="alone.jsonl") == run_label(words)
+    assert "prompts.jsonl (45 prompt rows, 15 chat rows), prompts: kept 60 of 60" in capsys.readouterr().out
+
+
+def test_cut_answers_and_groups_are_marked(words, data, chain):
+    """"truncated" says whether a sampled answer has no EOS, nothing of a given one; the data's groups stay."""
+    grouped = write_jsonl(Path("grouped.jsonl"), [{**row, "group": f"g{i % 3}"} for i, row in enumerate(feedback_rows())])
+    rows, tokenizer = run_label(words, data=grouped), load_tokenizer(chain.sft)
+    assert {row["group"] for row in rows} == {"g0", "g1", "g2"}
+    flags = [(c["truncated"], len(tokenizer(c["response"], add_special_tokens=False).input_ids))
+             for row in rows for c in row["completions"]]
+    assert {cut for cut, _ in flags} == {True, False}
+    assert all(length <= (6 if cut else 5) for cut, length in flags)  # EOS is one of the six
+    again = run_label({name: value for name, value in words.items() if name != "policies"}, answers=[data],
+                      out="given.jsonl")
+    assert not any("truncated" in c for row in again for c in row["completions"])
+    assert not any("group" in row for row in again)
+
+
+def test_without_policies_the_sft_model_answers(words, chain, tmp_path):
+    """runs/<model name>/sft where there is one, else the model itself."""
+    del words["policies"]
+    rows = run_label(words, prompts=4)
+    assert {name.partition("@")[0] for row in rows for name in row["models"]} == {"sft"}  # the folder's name
+    shutil.copytree(chain.dvpo, tmp_path / "runs/mine/sft")
+    rows = run_label(words, model="models/mine", prompts=4, out="other.jsonl")
+    assert {name.partition("@")[0] for row in rows for name in row["models"]} == {"sft"}
+    with pytest.raises(BadInput, match="--policies models/nothing"):
+        run_label(words, model="models/nothing", out="third.jsonl")
+
+
 def test_only_some_prompts_and_policies(words):
     rows = run_label(words, prompts=7, per_prompt=0, shares=["value"], out="few.jsonl")
     assert len(rows) == 7 and all(split_of(row["instruction"], 0) == "value" for row in rows)
@@ -147,12 +186,22 @@ def test_only_some_prompts_and_policies(words):
     assert again == rows and [r["instruction"] for r in other] != [r["instruction"] for r in rows]
 
 
+def test_the_noise_of_an_answer_is_its_prompts_and_policys(words, chain):
+    """Not its batch's: other micro batches give the same texts. Two names of one folder are two samples of it."""
+    words = {**words, "policies": [f"a={chain.sft}", f"b={chain.sft}"], "temperatures": [1], "per_prompt": 2}
+    rows, others = run_label(words), run_label(words, micro_batch=3, out="others.jsonl")
+    texts = lambda rows: [[c["response"] for c in row["completions"]] for row in rows]
+    assert texts(rows) == texts(others)
+    pairs = [found for found in texts(rows) if len(found) == 2]
+    assert sum(a != b for a, b in pairs) > len(pairs) / 2 > 10
+
+
 def test_what_cannot_be_labelled_is_counted(words, capsys):
-    """A chat of two turns and a prompt that is too long; more than a tenth stops the run."""
+    """A chat of two turns and a prompt that is too long, in many rows; more than a tenth stops the run."""
     rows = feedback_rows()
     chat = [{"role": "user", "content": "is it red ?"}, {"role": "assistant", "content": "no ."},
             {"role": "user", "content": "is it blue ?"}, {"role": "assistant", "content": "yes ."}]
-    write_jsonl(Path("mixed.jsonl"), [*rows, {"messages": chat}, {"instruction": "is it red ? " * 20, "output": "no ."}])
+    write_jsonl(Path("mixed.jsonl"), [*rows, {"messages": chat}, *[{"instruction": "is it red ? " * 20, "output": "no ."}] * 20])
     run_label(words, data="mixed.jsonl", shares=["sft", "value", "rl", "test"])
     shown = capsys.readouterr().out
     assert "dropped 2 (" in shown and "1 prompt of several turns" in shown and "1 prompt over --max_prompt_length" in shown
@@ -165,7 +214,7 @@ def test_what_cannot_be_labelled_is_counted(words, capsys):
 # ---- the stages read it ----
 
 def test_gvm_dvpo_and_dpo_run_on_the_file_unchanged(words, chain, flags, tmp_path):
-    """tau from the policies' real samples, rewards from the file's scores; DVPO's prompts are its RL share."""
+    """With the file's scores as rewards, and tau of its policies' names."""
     run_label(words, response_length=10, temperatures=[0.7, 1.3])
     data = {"data": tmp_path / "labels.jsonl", "sft_model": chain.dvpo}
     run_stage(train_gvm, **{**flags.gvm, **data, "reward": "score", "allow_dropped": True},
@@ -181,7 +230,7 @@ def test_gvm_dvpo_and_dpo_run_on_the_file_unchanged(words, chain, flags, tmp_pat
 # ---- interruptions ----
 
 def cut_after(batches, monkeypatch, what="generate"):
-    """The run dies in the middle of a line of its kept rows, after so many batches."""
+    """The run dies after so many batches."""
     straight, seen = getattr(label, what), []
 
     def dying(*args, **kwargs):
@@ -194,8 +243,13 @@ def cut_after(batches, monkeypatch, what="generate"):
 
 
 def test_an_interrupted_run_goes_on_and_asks_for_nothing_twice(words, tmp_path, monkeypatch):
-    """Cut while it samples, then while it scores, with half a line left each time; the file is the straight one."""
+    """Cut while it samples, then while it scores, with half a line left; the file is the straight one."""
     rows = run_label(words, out="straight.jsonl")
+
+    def half_a_line(kind):
+        kept, = tmp_path.glob(f"labels.jsonl.*.{kind}.rank0.jsonl")
+        with open(kept, "a") as f:
+            f.write('{"key": "cut sh')
     count = []
     with monkeypatch.context() as patch:
         count.append(cut_after(5, patch))
@@ -205,14 +259,13 @@ def test_an_interrupted_run_goes_on_and_asks_for_nothing_twice(words, tmp_path, 
         count.append(cut_after(4, patch))
         with pytest.raises(PowerCut):
             run_label(words)
-    kept, = tmp_path.glob("labels.jsonl.*.answers.rank0.jsonl")
-    with open(kept, "a") as f:
-        f.write('{"key": "cut sh')
+    half_a_line("answers")
     with monkeypatch.context() as patch:
         count.append(cut_after(10**9, patch))
         scored = cut_after(3, patch, "reward_scores")
         with pytest.raises(PowerCut):
             run_label(words)
+    half_a_line("scores")
     assert not (tmp_path / "labels.jsonl").exists()
     with monkeypatch.context() as patch:
         count.append(cut_after(10**9, patch))
@@ -241,6 +294,23 @@ def test_a_finished_file_is_left_alone_and_other_settings_are_refused(words, mon
     assert Path("labels.jsonl").read_bytes() == before
 
 
+def test_another_reward_model_scores_what_is_sampled(words, baseline, tmp_path, monkeypatch):
+    """A run that was cut while it scored goes on with another reward model: no answer is sampled again, no score
+    of the first one is taken, and nothing is left behind."""
+    model = AutoModelForSequenceClassification.from_pretrained(words["model"], num_labels=1)
+    model.save_pretrained(tmp_path / "other")
+    load_tokenizer(words["model"]).save_pretrained(tmp_path / "other")
+    straight = run_label(words, reward_model=tmp_path / "other", out="straight.jsonl")
+    with monkeypatch.context() as patch:
+        cut_after(3, patch, "reward_scores")
+        with pytest.raises(PowerCut):
+            run_label(words)
+    with monkeypatch.context() as patch:
+        seen = cut_after(0, patch)
+        assert run_label(words, reward_model=tmp_path / "other") == straight
+    assert not seen and not list(tmp_path.glob("*.rank*"))
+
+
 def test_a_reward_model_trained_again_is_noticed(words, baseline, tmp_path):
     shutil.copytree(baseline.rm, tmp_path / "rm")
     run_label(words, reward_model=tmp_path / "rm")
@@ -256,7 +326,7 @@ def test_rows_that_are_kept_belong_to_their_settings(words, tmp_path, monkeypatc
         cut_after(5, patch)
         with pytest.raises(PowerCut):
             run_label(words)
-    (tmp_path / "labels.jsonl.settings.json").unlink()
+    (tmp_path / "labels.jsonl.settings").unlink()
     assert run_label(words, seed=2) == run_label(words, seed=2, out="fresh.jsonl")
 
 
@@ -284,8 +354,10 @@ def test_a_full_disk_is_one_sentence_and_what_was_kept_stays(words, tmp_path):
     done = subprocess.run([sys.executable, ROOT / "label.py", *argv_of(words)], cwd=ROOT, env=clean_env(),
                           preexec_fn=limit, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    assert "cannot be written" in done.stderr.splitlines()[-1] or "File too large" in done.stderr
+    assert re.search("answers.rank0.jsonl: cannot be written .*File too large", done.stderr), done.stderr[-2000:]
     assert not (tmp_path / "labels.jsonl").exists()
+    kept, = tmp_path.glob("labels.jsonl.*.answers.rank0.jsonl")
+    assert 5 < len(kept.read_text().splitlines()) < 40
     assert run_label(words)
 
 
@@ -307,7 +379,7 @@ def test_two_ranks_write_the_file_of_one(words, tmp_path):
         for c, d in zip(a["completions"], b["completions"], strict=True):
             assert c["response"] == d["response"]
             assert c["reward_model_score"] == pytest.approx(d["reward_model_score"], abs=1e-5)
-    assert {path.name for path in tmp_path.glob("two*")} == {"two.jsonl", "two.jsonl.settings.json"}
+    assert {path.name for path in tmp_path.glob("two*")} == {"two.jsonl", "two.jsonl.settings"}
 
 
 # ---- bad input ----
@@ -354,6 +426,7 @@ def broken_rm(words, tmp_path):
     (lambda w, t: {"reward_model": broken_rm(w, t)}, "--reward_model .*is not finite"),
     (lambda w, t: {"out": (t / "there.jsonl").write_text("mine") and t / "there.jsonl"}, "was not written by label.py"),
     (lambda w, t: {"out": (t / "file").write_text("") or t / "file/x.jsonl"}, "file.*cannot write there"),
+    ({"out": "."}, "--out . is a folder"),
     ({"out": "/proc/nothing/x.jsonl"}, "/proc/nothing.*cannot write there"),
     (lambda w, t: {"data": write_jsonl(t / "d.jsonl", [r for r in feedback_rows()
                                                         if split_of(r["instruction"], 0) == "sft"])},
@@ -361,7 +434,6 @@ def broken_rm(words, tmp_path):
     ({"dtype": "int8"}, "--dtype"),
 ])
 def test_bad_input_ends_in_one_sentence(changes, part, words, tmp_path, capsys):
-    import re
     changes = changes(words, tmp_path) if callable(changes) else changes
     with pytest.raises(SystemExit) as end:
         run_label(words, **changes)
@@ -375,7 +447,7 @@ def test_bad_input_ends_in_one_sentence(changes, part, words, tmp_path, capsys):
 def test_damaged_settings_say_what_to_delete(words, tmp_path):
     run_label(words)
     for content in (b"{", b"3", b"\xff"):
-        (tmp_path / "labels.jsonl.settings.json").write_bytes(content)
-        with pytest.raises(BadInput, match="settings.json: cannot be read .*delete it"):
+        (tmp_path / "labels.jsonl.settings").write_bytes(content)
+        with pytest.raises(BadInput, match="settings: cannot be read .*delete it"):
             run_label(words)
     assert (tmp_path / "labels.jsonl").exists()
