@@ -36,7 +36,7 @@ compare: install
 	$(PYTHON) results/run.py compare
 
 test: install
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf runs toy/build

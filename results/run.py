@@ -247,7 +247,7 @@ def save_table(name, settings, columns, decimals=3):
 
 # ---- the comparison ----------------------------------------------------------------------------------------
 
-# The best of five for each, and DPO's beta, on a seed that is not used again: lr() and beta()
+# The best of five for each, on a seed that is not used again, see lr(); DPO's beta, see beta()
 CHOSEN = {"DPO": ["--lr", 1e-4, "--beta", 2.0], "ReMax": ["--lr", 2e-4], "PPO": ["--lr", 1e-4],
           "DVPO": ["--lr", 2e-4]}
 STEPS = 80  # rollout batches of PPO and DVPO; ReMax has half as many, of two answers to a prompt each
@@ -255,7 +255,7 @@ KL = ["--kl_target", 0.4, "--kl_horizon", 500]
 
 
 def method(grid, name, folder, seed, flags):
-    """A run of one of the methods from SFT model 1, all with the same number of sampled answers."""
+    """A run of one of the methods from SFT model 1; those that sample take the same number of answers."""
     if name == "DPO":
         return grid.dpo(folder, seed, 1, *flags)
     if name in ("PPO", "ReMax"):
@@ -363,8 +363,8 @@ def lr(grid, seeds):
 
 
 def beta(grid, seeds):
-    """DPO has no controller: its beta decides how far it goes from the reference. The one that comes nearest
-    to the others' KL target is taken; then lr() chooses the learning rate."""
+    """DPO has no controller: its beta decides how far it goes from the reference. Two that bracket the
+    KL target of the others are taken; then lr() chooses the learning rate."""
     chosen_on_seed_11(grid, "beta", {
         f"DPO, beta {x:g}": grid.dpo(f"beta/{x:g}", 11, 1, "--lr", 2e-4, "--beta", x)
         for x in (0.1, 0.3, 1.0, 2.0, 3.0)})

@@ -555,6 +555,29 @@ def test_damaged_rows_give_records_or_bad_input_and_nothing_else(tmp_path):
     assert len(outcomes) == 6 and min(outcomes.values()) > 100, outcomes
 
 
+def test_damaged_rows_read_for_their_prompts(tmp_path):
+    """The same where only prompts are wanted; what is right otherwise is right here."""
+    draw, outcomes = random.Random(1), Counter()
+    sound = [*(row for row, _, _ in SHAPE_CASES.values()), {"instruction": "a", "input": "b"}, {"prompt": "c"}]
+    for _ in range(2000):
+        row = damaged({**draw.choice(sound), "group": "g"}, draw)
+        path = write(tmp_path, "x.jsonl", json.dumps(row))
+        try:
+            found, = read_data(path, allow_dropped=True, log=quiet, needs="prompts")
+            assert found["responses"] == [] and found["prompt"][-1]["role"] == "user"
+            outcomes["prompt"] += 1
+        except BadInput as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+            found = None
+            outcomes["bad input"] += 1
+        try:
+            record, = read_data(path, allow_dropped=True, log=quiet)
+        except BadInput:
+            continue
+        assert found is not None and found["prompt"] == record["prompt"] and found["group"] == record["group"]
+    assert min(outcomes.values()) > 100, outcomes
+
+
 def test_damaged_bytes_give_rows_or_bad_input_and_nothing_else(tmp_path):
     import pyarrow
     import pyarrow.parquet
