@@ -9,6 +9,10 @@ export OMP_NUM_THREADS = 1
 PYTHON = $(VENV)/bin/python
 LAUNCH = PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(VENV)/bin/deepspeed --num_gpus 1
 
+# Begun first, so that the two processes of the tests end together
+LONGEST = tests/test_resume.py tests/test_chain.py
+TESTS = $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
+
 .PHONY: demo test compare install clean
 
 install: $(VENV)/installed
@@ -36,7 +40,7 @@ compare: install
 	$(PYTHON) results/run.py compare
 
 test: install
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 clean:
 	rm -rf runs toy/build

@@ -504,19 +504,19 @@ def instruction(grid, seeds):
     """No SFT stage and no scores of the world: the start is a stronger policy (SFT and 20 steps of PPO), the
     answers are its own and its SFT model's at six temperatures, the scores the reward model's."""
     runs = {"start": [], "DVPO": []}
-    for seed in seeds:
-        sft, rm = grid.sft(base(seed)), grid.rm(base(seed))
-        start = grid.ppo("instruction/start", base(seed), base(seed), "--max_steps", 20)
-        folder = grid.out / f"instruction/labels/{base(seed)}"
+    for seed in seeds[:3]:
+        sft, rm = grid.sft(seed), grid.rm(seed)
+        start = grid.ppo("instruction/start", seed, seed, "--max_steps", 20)
+        folder = grid.out / f"instruction/labels/{seed}"
         file = folder / "labels.jsonl"
         labels = grid.add(folder, [
-            "label.py", *grid.data[0], "--out", file, "--seed", base(seed), "--reward_model", rm.folder,
+            "label.py", *grid.data[0], "--out", file, "--seed", seed, "--reward_model", rm.folder,
             "--policies", f"start={start.folder}", f"sft={sft.folder}", "--per_prompt", 0,
             "--temperatures", 0.5, 0.7, 0.85, 1.0, 1.15, 1.3], [start, sft, rm])
         data = ["--data", file, "--sft_model", start.folder]
-        gvm = grid.add(grid.out / f"instruction/gvm/{base(seed)}", [
-            "train_gvm.py", *data, "--output_dir", grid.out / f"instruction/gvm/{base(seed)}", "--seed",
-            base(seed)], [labels])
+        gvm = grid.add(grid.out / f"instruction/gvm/{seed}", [
+            "train_gvm.py", *data, "--output_dir", grid.out / f"instruction/gvm/{seed}", "--seed",
+            seed], [labels])
         folder = grid.out / f"instruction/dvpo/{seed}"
         runs["DVPO"].append(grid.add(folder, [
             "train_dvpo.py", *data, "--output_dir", folder, "--value_model", gvm.folder, "--seed", seed,
