@@ -230,6 +230,19 @@ def write_whole(path, text):
                        f"command goes on.") from None
 
 
+def settings_that_differ(record, settings, beside):
+    """Names of the settings that the file of an earlier run has otherwise; None where there is no file.
+    beside: what is to be deleted with a file that cannot be read"""
+    if not record.exists():
+        return None
+    try:
+        then = json.loads(record.read_text())
+        return [key for key in settings if then.get(key) != settings[key]]
+    except (ValueError, AttributeError) as e:
+        raise BadInput(f"{record}: cannot be read ({one_line(e)}); delete it and {beside}, or name "
+                       f"another --out.") from None
+
+
 def answers_file(args, kind, name):
     suffix = "json" if kind == "alpaca_eval" else "jsonl"
     return Path("runs") / Path(args.model).name / "answers" / f"{name}.{suffix}"
@@ -246,13 +259,8 @@ def generate_answers(args, device):
                 "temperature": args.temperature, "response_length": args.response_length, "dtype": args.dtype}
     partial, record = (out.with_name(f"{out.name}.{part}") for part in ("partial.jsonl", "settings.json"))
     done, size = {}, 0
-    if record.exists():
-        try:
-            then = json.loads(record.read_text())
-            differ = [key for key in settings if then.get(key) != settings[key]]
-        except (ValueError, AttributeError) as e:
-            raise BadInput(f"{record}: cannot be read ({one_line(e)}); delete it and {partial}, or name "
-                           f"another --out.") from None
+    differ = settings_that_differ(record, settings, partial)
+    if differ is not None:
         if differ:
             raise BadInput(f"--out {out}: begun with other settings ({', '.join(differ)}); delete {record} "
                            f"and {partial}, or name another file.")

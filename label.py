@@ -38,9 +38,9 @@ from checkpoint import fingerprint
 from common import (all_sum, answer_ids, chat_ids, check_model, generate, init_distributed, keyed_rng,
                     load_policy, load_reward_model, load_tokenizer, parse_args, print0, reward_scores,
                     stage_folder, take_lock)
-from data import BadInput, one_line, prompt_text, read_data, report_drops, split_of
+from data import BadInput, prompt_text, read_data, report_drops, split_of
 from evaluate import split_words
-from judge import appended, kept_lines, write_whole
+from judge import appended, kept_lines, settings_that_differ, write_whole
 
 SHARES = ("sft", "value", "rl", "test")
 SCORING = {"reward_model", "answers"}  # settings that change no sampled answer
@@ -152,7 +152,8 @@ class Kept:
 
     def work(self, todo, batch, do, title, device):
         """do(part) -> rows, for the parts of todo, dealt to the ranks `batch` at a time; the rows are kept.
-        The ranks stay together, so that none of them waits for longer than a batch takes."""
+        The ranks stay together, so that none of them waits for longer than a batch takes. What the others
+        have written is in `rows` after the next read()."""
         rank, world = dist.get_rank(), dist.get_world_size()
         with appended(self.path, self.size) as f, tqdm(total=len(todo), desc=title,
                                                        disable=None if rank == 0 else True) as bar:
@@ -162,7 +163,7 @@ class Kept:
                     f.write(json.dumps(row, ensure_ascii=False) + "\n")
                 f.flush()
                 bar.update(int(all_sum(len(part), device=device)[0]))
-        self.read()
+        self.size = None  # the file ends with a whole line from here on
 
 
 def remove_kept(out):
@@ -187,20 +188,15 @@ def check_settings(out, settings):
               reward model may score what is sampled
     """
     record = out.with_name(f"{out.name}.settings")
-    try:
-        then = json.loads(record.read_text()) if record.exists() else None
-        differ = [key for key in settings if then is not None and then.get(key) != settings[key]]
-    except (ValueError, AttributeError) as e:
-        raise BadInput(f"{record}: cannot be read ({one_line(e)}); delete it and {out}, or name another "
-                       f"--out.") from None
+    differ = settings_that_differ(record, settings, out)
     finished = out.exists()
-    if then is None and finished:
+    if differ is None and finished:
         raise BadInput(f"--out {out}: exists, and was not written by label.py; name another file.")
-    if [key for key in differ if finished or key not in SCORING]:
+    if [key for key in differ or () if finished or key not in SCORING]:
         raise BadInput(f"--out {out}: begun with other settings ({', '.join(differ)}); delete {record} and "
                        f"{out}, or name another file.")
     dist.barrier()
-    if dist.get_rank() == 0 and (then is None or differ):
+    if dist.get_rank() == 0 and differ != []:
         write_whole(record, json.dumps(settings, indent=1))
     return finished
 
@@ -208,7 +204,7 @@ def check_settings(out, settings):
 # ---- sampling and scoring ----------------------------------------------------------------------------------
 
 def sample(folder, jobs, prompts, kept, args, device):
-    """Append a policy's answers to `kept`. jobs: {name@temperature: (folder, temperature, texts)}, its own"""
+    """Append a policy's answers to `kept`. jobs: those of sampling_jobs whose folder is this one"""
     todo = {name: [text for text in texts if answer_key(text, name) not in kept.rows]
             for name, (_, _, texts) in jobs.items()}
     if not any(todo.values()):
@@ -254,19 +250,21 @@ def score(answers, prompts, kept, args, reward_model, device):
                            f"(which samples anew).")
         return [{"key": key, "score": x} for key, x in zip(part, found)]
     kept.work(todo, args.micro_batch, scores, "scores", device)
+    kept.read()
 
 
 def answers_to_score(found, prompts, tokenizer, context, args):
     """{key: (text of the prompt, policy, answer, truncated)} of what can be scored; the rest is counted.
     truncated: None where it is not known;  tokenizer, context: the reward model's"""
     answers, dropped, twice = {}, Counter(), 0
+    room = {text: context - len(chat_ids(tokenizer, record["prompt"])) for text, record in prompts.items()}
     for text, policy, answer, truncated in found:
         key = answer_key(text, f"{policy}\n{answer}")
         if not answer.strip():
             dropped["empty"] += 1
         elif key in answers:
             twice += 1
-        elif len(chat_ids(tokenizer, prompts[text]["prompt"])) + len(answer_ids(tokenizer, answer)) > context:
+        elif len(answer_ids(tokenizer, answer)) > room[text]:
             dropped[f"longer than the {context} tokens of the reward model's context"] += 1
         else:
             answers[key] = text, policy, answer, truncated
@@ -356,10 +354,11 @@ def main(args):
            f"on {world} ranks, {len(texts.rows)} of them there already; {len(given)} are given")
 
     # 1. sample: one policy after the other is in memory
-    for _, folder in policies:
+    for folder in dict.fromkeys(folder for _, folder in policies):
         its_own = {name: job for name, job in jobs.items() if job[0] == folder}
         sample(folder, its_own, prompts, texts, args, device)
         let_go()
+    texts.read()
 
     # 2. score
     sampled = [(text, name, texts.rows[answer_key(text, name)])

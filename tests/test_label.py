@@ -186,10 +186,14 @@ def test_only_some_prompts_and_policies(words):
     assert again == rows and [r["instruction"] for r in other] != [r["instruction"] for r in rows]
 
 
-def test_the_noise_of_an_answer_is_its_prompts_and_policys(words, chain):
-    """Not its batch's: other micro batches give the same texts. Two names of one folder are two samples of it."""
+def test_the_noise_of_an_answer_is_its_prompts_and_policys(words, chain, monkeypatch):
+    """Not its batch's: other micro batches give the same texts. Two names of one folder are two samples of it,
+    each taken once."""
+    batches = cut_after(10**9, monkeypatch)
     words = {**words, "policies": [f"a={chain.sft}", f"b={chain.sft}"], "temperatures": [1], "per_prompt": 2}
-    rows, others = run_label(words), run_label(words, micro_batch=3, out="others.jsonl")
+    rows = run_label(words)
+    assert len(batches) == 2 * -(-len(rows) // 8)
+    others = run_label(words, micro_batch=3, out="others.jsonl")
     texts = lambda rows: [[c["response"] for c in row["completions"]] for row in rows]
     assert texts(rows) == texts(others)
     pairs = [found for found in texts(rows) if len(found) == 2]
