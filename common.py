@@ -7,6 +7,7 @@ Legend for shapes: B rows, P prompt slots (left padded), R response slots (right
 V vocabulary.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import fcntl
@@ -150,6 +151,11 @@ def init_distributed():
     if not torch.cuda.is_available() and os.environ["RANK"] == "0":
         print("starting (the first run on a CPU compiles for a minute or more; if it hangs here, an earlier "
               "one was killed meanwhile: delete the file `lock` in the torch_extensions folder)", flush=True)
+    if not torch.cuda.is_available() and not dist.is_initialized():
+        # A thread of gloo lets go of a collective's tensors a moment after the collective is over, and needs
+        # Python for it: where Python is ending by then, the finished run aborts. Destroying the group does
+        # not wait for the thread, as DeepSpeed's parameters still hold the group. A sleep lets it through
+        atexit.register(time.sleep, 0.5)
     deepspeed.init_distributed(verbose=False)
     sys.excepthook = functools.partial(say_when_another_rank_has_died, sys.excepthook)
     device = torch.device("cpu")

@@ -390,4 +390,4 @@ if __name__ == "__main__":
         main(parse_args(Args))
     except KeyboardInterrupt:
         raise SystemExit("stopped; what is sampled and scored is kept, the same command goes on") from None
-    dist.destroy_process_group()  # gloo's threads abort where they outlive the interpreter
+    dist.destroy_process_group()  # else NCCL warns of a group left behind

@@ -214,4 +214,4 @@ def main(args):
 
 if __name__ == "__main__":
     main(parse_args(Args))
-    torch.distributed.destroy_process_group()  # gloo's threads abort where they outlive the interpreter
+    torch.distributed.destroy_process_group()  # else NCCL warns of a group left behind
