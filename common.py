@@ -151,7 +151,7 @@ def init_distributed():
     if not torch.cuda.is_available() and os.environ["RANK"] == "0":
         print("starting (the first run on a CPU compiles for a minute or more; if it hangs here, an earlier "
               "one was killed meanwhile: delete the file `lock` in the torch_extensions folder)", flush=True)
-    if not torch.cuda.is_available() and not dist.is_initialized():
+    if not torch.cuda.is_available() and not dist.is_initialized():  # once a process
         # A thread of gloo lets go of a collective's tensors a moment after the collective is over, and needs
         # Python for it: where Python is ending by then, the finished run aborts. Destroying the group does
         # not wait for the thread, as DeepSpeed's parameters still hold the group. A sleep lets it through

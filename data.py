@@ -329,9 +329,9 @@ def record_of(where, row, needs="scores"):
            of `instruction` or `prompt` alone are fine, too, and the record has no responses
     """
     if needs == "prompts":
-        prompt, responses = prompt_of(row, where), []
+        prompt = prompt_of(row, where)
         fault = prompt_fault(prompt)
-        return (None, [fault]) if fault else (new_record(where, row, "prompt", prompt, responses), [])
+        return (None, [fault]) if fault else (new_record(where, row, "prompt", prompt, []), [])
     shape = shape_of(row)
     if shape is None:
         raise no_shape(where, row)
@@ -389,8 +389,9 @@ def read_data(source, allow_dropped=False, log=print, needs="scores"):
     repaired = kept = 0
     for where, row in read_rows(source):
         record, faults = record_of(where, row, needs)
-        shapes[shape_of(row) or "prompt"] += 1
-        if shape_of(row) == "ultrafeedback":
+        shape = shape_of(row) or "prompt"
+        shapes[shape] += 1
+        if shape == "ultrafeedback":
             repaired += sum(map(mistaken_ten, row["completions"] or []))
         for fault in faults:
             dropped[fault] += 1

@@ -260,10 +260,10 @@ def generate_answers(args, device):
     partial, record = (out.with_name(f"{out.name}.{part}") for part in ("partial.jsonl", "settings.json"))
     done, size = {}, 0
     differ = settings_that_differ(record, settings, partial)
+    if differ:
+        raise BadInput(f"--out {out}: begun with other settings ({', '.join(differ)}); delete {record} "
+                       f"and {partial}, or name another file.")
     if differ is not None:
-        if differ:
-            raise BadInput(f"--out {out}: begun with other settings ({', '.join(differ)}); delete {record} "
-                           f"and {partial}, or name another file.")
         kept, size = kept_lines(partial)
         done = {row["id"]: row for row in kept}
         if out.exists() and not partial.exists():

@@ -15,7 +15,7 @@ an answer depends on its prompt and policy alone: but for rounding the number of
 
 reads   prompts of --data (in any of its shapes, or rows of `instruction` or `prompt` alone; its answers are
         not looked at), policies, a reward model: any causal one-label sequence classifier
-writes  runs/<model name>/labels.jsonl in the schema of openbmb/UltraFeedback, and labels.jsonl.settings.json
+writes  runs/<model name>/labels.jsonl in the schema of openbmb/UltraFeedback, and labels.jsonl.settings
 """
 
 import functools
@@ -97,7 +97,7 @@ def sampling_jobs(prompts, policies, args):
     """{name@temperature: (folder, temperature, texts of the prompts that it answers)}"""
     jobs = {f"{name}@{t:g}": (folder, t, []) for name, folder in policies for t in args.temperatures}
     names = list(jobs)
-    for text in prompts if names else ():
+    for text in prompts:
         draw = keyed_rng(args.seed, zlib.crc32(text.encode())).permutation(len(names))
         for i in sorted(draw[:args.per_prompt or len(names)]):
             jobs[names[i]][2].append(text)
@@ -192,10 +192,11 @@ def check_settings(out, settings):
     finished = out.exists()
     if differ is None and finished:
         raise BadInput(f"--out {out}: exists, and was not written by label.py; name another file.")
-    if [key for key in differ or () if finished or key not in SCORING]:
+    binding = [key for key in differ or () if finished or key not in SCORING]
+    if binding:
         raise BadInput(f"--out {out}: begun with other settings ({', '.join(differ)}); delete {record} and "
                        f"{out}, or name another file.")
-    dist.barrier()
+    dist.barrier()  # all have looked, before the first one writes
     if dist.get_rank() == 0 and differ != []:
         write_whole(record, json.dumps(settings, indent=1))
     return finished
@@ -250,7 +251,6 @@ def score(answers, prompts, kept, args, reward_model, device):
                            f"(which samples anew).")
         return [{"key": key, "score": x} for key, x in zip(part, found)]
     kept.work(todo, args.micro_batch, scores, "scores", device)
-    kept.read()
 
 
 def answers_to_score(found, prompts, tokenizer, context, args):
@@ -259,7 +259,7 @@ def answers_to_score(found, prompts, tokenizer, context, args):
     answers, dropped, twice = {}, Counter(), 0
     room = {text: context - len(chat_ids(tokenizer, record["prompt"])) for text, record in prompts.items()}
     for text, policy, answer, truncated in found:
-        key = answer_key(text, f"{policy}\n{answer}")
+        key = digest([text, policy, answer])  # a file may have several answers of one policy
         if not answer.strip():
             dropped["empty"] += 1
         elif key in answers:
@@ -367,6 +367,7 @@ def main(args):
     found += [(*answer, None) for answer in given]
     answers = answers_to_score(found, prompts, rm_tokenizer, context, args)
     score(answers, prompts, scores, args, reward_model, device)
+    scores.read()
 
     # 3. write
     rows, low, high = labelled_rows(prompts, answers, {key: scores.rows[key]["score"] for key in answers})

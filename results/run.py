@@ -514,9 +514,8 @@ def instruction(grid, seeds):
             "--policies", f"start={start.folder}", f"sft={sft.folder}", "--per_prompt", 0,
             "--temperatures", 0.5, 0.7, 0.85, 1.0, 1.15, 1.3], [start, sft, rm])
         data = ["--data", file, "--sft_model", start.folder]
-        gvm = grid.add(grid.out / f"instruction/gvm/{seed}", [
-            "train_gvm.py", *data, "--output_dir", grid.out / f"instruction/gvm/{seed}", "--seed",
-            seed], [labels])
+        folder = grid.out / f"instruction/gvm/{seed}"
+        gvm = grid.add(folder, ["train_gvm.py", *data, "--output_dir", folder, "--seed", seed], [labels])
         folder = grid.out / f"instruction/dvpo/{seed}"
         runs["DVPO"].append(grid.add(folder, [
             "train_dvpo.py", *data, "--output_dir", folder, "--value_model", gvm.folder, "--seed", seed,
