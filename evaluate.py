@@ -39,11 +39,16 @@ import numpy as np
 import torch
 from tqdm import tqdm  # comes with transformers
 
-from common import (answer_ids, chat_ids, check_model, collate, command_args, cut_pair, generate,
-                    gvm_settings, init_distributed, keyed_rng, load_gvm, load_plug, load_policy,
-                    load_reward_model, load_tokenizer, responses_that_fit, reward_scores, stage_folder,
-                    tokenizer_fingerprint)
-from data import BadInput, has_policy_names, preference_pair, prompt_text, read_data, read_rows, split_of
+from common import (answer_ids, chat_ids, collate, cut_pair, generate, keyed_rng, load_gvm, load_policy,
+                    load_reward_model, load_tokenizer, reward_scores)
+from plumbing.args import command_args, load_plug
+from plumbing.checks import check_model, gvm_settings, tokenizer_fingerprint
+from plumbing.data import has_policy_names, preference_pair, prompt_text, read_data, split_of
+from plumbing.errors import BadInput
+from plumbing.files import read_rows
+from plumbing.folders import stage_folder
+from plumbing.ranks import init_distributed
+from plumbing.rows import responses_that_fit
 
 
 @dataclass

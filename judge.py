@@ -45,10 +45,14 @@ import numpy as np
 import torch
 from tqdm import tqdm  # comes with transformers
 
-from checkpoint import fingerprint
-from common import (answer_ids, chat_ids, check_model, command_args, generate, gvm_settings, init_distributed,
-                    keyed_rng, load_gvm, load_policy, load_reward_model, load_tokenizer, reward_scores)
-from data import BadInput, one_line, preference_pair, prompt_text, read_data, read_rows
+from common import (answer_ids, chat_ids, generate, keyed_rng, load_gvm, load_policy, load_reward_model,
+                    load_tokenizer, reward_scores)
+from plumbing.args import command_args
+from plumbing.checks import check_model, fingerprint, gvm_settings
+from plumbing.data import preference_pair, prompt_text, read_data
+from plumbing.errors import BadInput, one_line
+from plumbing.files import read_rows
+from plumbing.ranks import init_distributed
 from evaluate import Gvm, accuracy, held_out_prompts, hits, named_paths, show, some, token_values
 
 

@@ -34,11 +34,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm  # comes with transformers
 
-from checkpoint import fingerprint
-from common import (all_sum, answer_ids, chat_ids, check_model, generate, init_distributed, keyed_rng,
-                    load_policy, load_reward_model, load_tokenizer, parse_args, print0, reward_scores,
-                    stage_folder, take_lock)
-from data import BadInput, prompt_text, read_data, report_drops, split_of
+from common import (answer_ids, chat_ids, generate, keyed_rng, load_policy, load_reward_model, load_tokenizer,
+                    reward_scores)
+from plumbing.args import parse_args
+from plumbing.checks import check_model, fingerprint
+from plumbing.data import prompt_text, read_data, report_drops, split_of
+from plumbing.errors import BadInput
+from plumbing.folders import stage_folder, take_lock
+from plumbing.ranks import all_sum, init_distributed, print0
 from evaluate import split_words
 from judge import appended, kept_lines, settings_that_differ, write_whole
 

@@ -24,8 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import parse_args
-from data import BadInput, one_line, text_of
+from plumbing.args import parse_args
+from plumbing.data import text_of
+from plumbing.errors import BadInput, one_line
 from evaluate import draw_band, limit_of, named_paths, read_metrics, split_words, token_spans
 from judge import read_answers, read_questions
 

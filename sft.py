@@ -14,22 +14,27 @@ reads   prompts of the SFT share of scored data or pairs (30 %, best response), 
         as they are
 writes  runs/<model name>/sft: the model, its tokenizer with a chat template, args.json, metrics.jsonl
 
-Legend: B rows, P prompt slots (left padded), R response slots (right padded), T = P + R, V vocabulary.
+Legend: B rows, P prompt columns (left padded), R response columns (right padded), T = P + R, V vocabulary.
 """
 
 import math
-import time
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
-from checkpoint import Checkpoints
-from common import (MetricLog, all_sum, answer_ids, chat_ids, check_finite, check_model, clip_in_step,
-                    collate, ds_config, dtype_of, due, epoch_rows, init_distributed, load_policy,
-                    load_tokenizer, lora_targets, output_folder, parse_args, peak_memory_gb, print0,
-                    save_model, seed_everything, set_lr, split_batch, step_norm)
-from data import BadInput, prompt_text, read_data, report_drops, split_of
+from common import answer_ids, chat_ids, collate, epoch_rows, load_policy, lora_config, train_only
+from plumbing.args import parse_args
+from plumbing.checkpoint import Checkpoints
+from plumbing.checks import check_finite
+from plumbing.data import prompt_text, read_data, split_of
+from plumbing.deepspeed_config import adamw, dtype_of, set_lr, step_norm
+from plumbing.folders import output_folder
+from plumbing.inputs import stage_inputs, steps_of
+from plumbing.log import Clock, MetricLog, due
+from plumbing.ranks import all_sum, init_distributed, peak_memory_gb, print0, seed_everything
+from plumbing.rows import report_kept
+from plumbing.saving import save_model
 
 
 @dataclass
@@ -43,7 +48,7 @@ class Args:
     # data
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file
     split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
-    allow_dropped: bool = False  # go on when more than 10 % of the responses had to be dropped
+    allow_dropped: bool = False  # continue when more than 10 % of the responses had to be dropped
     max_length: int = 1024  # prompt + response; longer rows are dropped and counted [tokens]
     # optimisation
     lr: float = 2e-5  # peak learning rate of the cosine schedule
@@ -53,14 +58,15 @@ class Args:
     batch_size: int = 16  # rows of one optimizer step, over all ranks
     micro_batch: int = 1  # rows of one forward pass on one rank
     max_grad_norm: float = 1.0  # gradient clipping
-    gradient_checkpointing: bool = False  # keep one tensor a layer and compute the rest again in backward
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
     output_dir: str = ""  # default runs/<model name>/sft
-    resume: bool = False  # go on from the last complete checkpoint of the output folder, if there is one
-    save_every: int = 100  # checkpoints [steps]; 0: only when the run is told to end
-    keep: int = 2  # so many of the latest checkpoints stay
+    resume: bool = False  # continue from the last complete checkpoint of the output folder, if there is one
+    save_every: int = 100  # write a checkpoint this often [steps]; 0: only when the run is told to end
+    keep: int = 2  # how many checkpoints to keep
     eval_every: int = 100  # held-out loss [optimizer steps]
+    track: bool = False  # log to Weights & Biases, too
     seed: int = 1  # initial LoRA weights, dropout and data order
     local_rank: int = -1  # set by the deepspeed launcher
 
@@ -70,8 +76,8 @@ class Args:
 def sft_loss(logits, ids, mask, P):
     """Sum of -log pi(y_t | x, y_<t) over response tokens, and their number.
 
-    # ids            p0  p1 | y0  y1  y2  EOS pad      P = 2 prompt slots (left padded), R = 5 response slots
-    # log pi(y_t)    read at P + t - 1                 slice [:, P-1 : T-1]   (state before the token)
+    # ids            p1  p2 | y1  y2  y3  EOS pad      P = 2 prompt columns (left padded), R = 5 response columns
+    # log pi(y_t)    read at P + t - 2                 slice [:, P-1 : T-1]   (the state before the token)
     # mask                    1   1   1   1   0        EOS is trained, nothing after it is
     logits: [B, 1 + R, V], of the positions P-1 .. T-1;  ids: [B, T];  mask: [B, R]
     """
@@ -90,11 +96,11 @@ def learning_rate(step, steps, args):
 
 # ---- data --------------------------------------------------------------------------------------------------
 
-def sft_rows(records, tokenizer, args):
+def sft_rows(tokenizer, args):
     """(train, held-out) lists of (prompt ids, response ids): the best-scored response of each prompt of the
     SFT share, or, where the data has one answer and no scores, every row that is not held out."""
     train, test, dropped = [], [], Counter()
-    for record in records:
+    for record in read_data(args.data, args.allow_dropped, log=print0):
         share = split_of(prompt_text(record["prompt"]), args.split_seed)
         if share not in ("sft", "test") and record["shape"] not in ("instruction", "chat"):
             continue
@@ -105,12 +111,7 @@ def sft_rows(records, tokenizer, args):
             dropped[f"prompt + response over --max_length {args.max_length}"] += 1
         else:
             (test if share == "test" else train).append(row)
-    if train or test or dropped:
-        report_drops(dropped, len(train) + len(test) + sum(dropped.values()), args.data, args.allow_dropped,
-                     log=print0)
-    if not train:
-        raise BadInput(f"--data {args.data}: no row is left to train on; its prompts are too few for the "
-                       f"SFT share.")
+    report_kept(train, len(train) + len(test), dropped, args, "row", "SFT")
     return train, test
 
 
@@ -137,46 +138,39 @@ def held_out_loss(engine, rows, tokenizer, args, rank, world, device):
     return total / max(count, 1)
 
 
-def main(args):
-    import deepspeed  # here, so that --help and a mistyped flag answer at once
-    rank, world, device = init_distributed()
-    accum = split_batch(args.batch_size, args.micro_batch, world)
-    seed_everything(args.seed)
-    out = output_folder(args, "sft")
-    config = ds_config(args.ds_config, args.micro_batch, args.max_grad_norm)
-    base = args.base_model or args.model
-    flag = "--base_model" if args.base_model else "--model"
-    tokenizer = load_tokenizer(base, flag)
-    check_model(base, tokenizer, flag, args.max_length, f"--max_length {args.max_length}")
-    train, test = sft_rows(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
-    run = Checkpoints(out, args, (train, test), models=[base])
-
+def load_model(base, flag, tokenizer, config, args):
+    """The model as a DeepSpeed engine: all of it learns, or with --lora_r an adapter."""
+    import deepspeed
+    from peft import get_peft_model
     model = load_policy(base, tokenizer, dtype_of(config), flag)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    # One label in the config: stock transformers then puts one-label value and reward
-    # heads on this model unasked.
+    # One label in the config: stock transformers then puts one-label value and reward heads on this model unasked
     model.config.num_labels = 1
     if args.lora_r:
-        from peft import LoraConfig, get_peft_model
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=args.lora_r,
-                                                 lora_alpha=args.lora_alpha,
-                                                 lora_dropout=args.lora_dropout,
-                                                 target_modules=lora_targets(model)),
-                               "policy", autocast_adapter_dtype=False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
-                                  weight_decay=0.0, fused=True)
-    clip_in_step(optimizer, config, args.max_grad_norm)
+        lora = lora_config(model, "CAUSAL_LM", args, lora_dropout=args.lora_dropout)
+        model = get_peft_model(model, lora, "policy", autocast_adapter_dtype=False)
+    parameters, = train_only(model, ".policy." if args.lora_r else "")
+    optimizer = adamw([(parameters, args.lr)], config, args.max_grad_norm)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    steps = math.ceil(args.epochs * len(train) / args.batch_size)
-    steps = min(steps, args.max_steps) if args.max_steps > 0 else steps
-    print0(f"sft: {len(train)} rows, {len(test)} held out; optimizer batch {args.batch_size} = {world} ranks "
-           f"x micro batch {args.micro_batch} x {accum} accumulation; {steps} steps")
+    return engine
 
-    start, _ = run.resume({"model": engine})
-    log = MetricLog(out, show=["loss", "eval/loss", "lr", "timing/step_total"], steps=steps, start=start)
+
+def main(args):
+    rank, world, device = init_distributed()
+    seed_everything(args.seed)
+    base = (args.base_model, "--base_model") if args.base_model else (args.model, "--model")
+    base, tokenizer, config, _ = stage_inputs(args, world, base)
+    out = output_folder(args, "sft")
+    train, test = sft_rows(tokenizer, args)
+    checkpoints = Checkpoints(out, args, (train, test), models=[base])
+
+    engine = load_model(base, "--base_model" if args.base_model else "--model", tokenizer, config, args)
+    steps = steps_of(args, train, test, "rows", world)
+    start, _ = checkpoints.resume({"model": engine})
+    log = MetricLog(out, args, ["loss", "eval/loss", "lr", "timing/step_total"], steps, start)
     for step in range(start, steps):
-        started = time.time()
+        clock = Clock()
         # 1. batch: rows of this optimizer step, dealt to the ranks
         rows = [train[i] for i in epoch_rows(len(train), step * args.batch_size, args.batch_size,
                                              args.seed)][rank::world]
@@ -198,17 +192,17 @@ def main(args):
         check_finite(total, step, "the loss", bad)
         set_lr(engine, learning_rate(step, steps, args))
         engine.step()
+        clock("step_total")
 
         # 3. log
         row = {"loss": total / all_tokens, "lr": learning_rate(step, steps, args), "num_tokens": all_tokens,
-               "grad_norm": step_norm(engine),
-               "timing/step_total": time.time() - started, "memory/peak_gb": peak_memory_gb(device)}
+               "grad_norm": step_norm(engine), **clock.seconds, "memory/peak_gb": peak_memory_gb(device)}
         if test and due(step, steps, args.eval_every):
             row["eval/loss"] = held_out_loss(engine, test, tokenizer, args, rank, world, device)
         log.write(step, row)
-        run.after(step, steps)
+        checkpoints.after(step, steps)
     save_model(engine, tokenizer, out, base=base if args.lora_r else None)
-    run.finish()
+    checkpoints.finish()
     print0(f"sft: saved to {out}")
 
 

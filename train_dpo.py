@@ -19,27 +19,32 @@ D2  The reference never is a second model: its log-probs are those of the policy
 reads   the value share (50 % of the prompts) of scored responses or pairs, and the SFT model
 writes  runs/<model name>/dpo: the policy, tokenizer, reference.npz, args.json, metrics.jsonl
 
-Legend: B pairs, P prompt slots (left padded), R response slots (right padded), T = P + R.
+Legend: B pairs, P prompt columns (left padded), R response columns (right padded), T = P + R.
 """
 
 import hashlib
 import math
 import os
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
-from checkpoint import Checkpoints, fingerprint
-from common import (MetricLog, all_sum, check_finite, check_model, clip_in_step, collate, ds_config, dtype_of,
-                    due, epoch_rows, gather_rows, init_distributed, load_policy, load_tokenizer, lora_targets,
-                    output_folder, parse_args, peak_memory_gb, print0, responses_that_fit, save_model,
-                    seed_everything, set_lr, split_batch, stage_folder, step_norm, writing)
-from data import (BadInput, all_pairs, one_line, preference_pair, prompt_text, read_data, report_drops,
-                  split_of)
+from common import collate, epoch_rows, load_policy, lora_config, train_only
+from plumbing.args import parse_args
+from plumbing.checkpoint import Checkpoints
+from plumbing.checks import check_finite, fingerprint
+from plumbing.deepspeed_config import adamw, dtype_of, set_lr, step_norm
+from plumbing.errors import BadInput, one_line, writing
+from plumbing.folders import output_folder
+from plumbing.inputs import stage_inputs, steps_of
+from plumbing.lean import LogProbs, OneBase
+from plumbing.log import Clock, MetricLog, due
+from plumbing.ranks import all_sum, gather_rows, init_distributed, peak_memory_gb, print0, seed_everything
+from plumbing.rows import preference_rows
+from plumbing.saving import save_model
 
 
 @dataclass
@@ -52,7 +57,7 @@ class Args:
     # data
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file
     split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
-    allow_dropped: bool = False  # go on when more than 10 % of the pairs had to be dropped
+    allow_dropped: bool = False  # continue when more than 10 % of the pairs had to be dropped
     pairs: Literal["one", "all"] = "one"  # of several scored answers the best and a lower one, or every pair
     max_length: int = 1024  # prompt + response; longer ones are not paired, lost pairs are counted [tokens]
     # algorithm
@@ -65,15 +70,16 @@ class Args:
     batch_size: int = 64  # pairs of one optimizer step, over all ranks
     micro_batch: int = 1  # pairs of one forward pass on one rank
     max_grad_norm: float = 1.0  # gradient clipping
-    gradient_checkpointing: bool = False  # keep one tensor a layer and compute the rest again in backward
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
     output_dir: str = ""  # default runs/<model name>/dpo
-    resume: bool = False  # go on from the last complete checkpoint of the output folder, if there is one
-    save_every: int = 100  # checkpoints [steps]; 0: only when the run is told to end
-    keep: int = 2  # so many of the latest checkpoints stay
+    resume: bool = False  # continue from the last complete checkpoint of the output folder, if there is one
+    save_every: int = 100  # write a checkpoint this often [steps]; 0: only when the run is told to end
+    keep: int = 2  # how many checkpoints to keep
     eval_every: int = 200  # loss and accuracy on held-out pairs [optimizer steps]
     eval_pairs: int = 200  # held-out pairs they are measured on
+    track: bool = False  # log to Weights & Biases, too
     seed: int = 1  # initial LoRA weights and data order
     local_rank: int = -1  # set by the deepspeed launcher
 
@@ -107,44 +113,18 @@ def learning_rate(step, steps, args):
 
 # ---- data --------------------------------------------------------------------------------------------------
 
-def preference_rows(records, tokenizer, args):
-    """(train, held-out) lists of pairs: (prompt ids, chosen ids, rejected ids)."""
-    train, test, kept, dropped = [], [], 0, Counter()
-    for record in records:
-        share = split_of(prompt_text(record["prompt"]), args.split_seed)
-        if share not in ("value", "test"):
-            continue
-        prompt_ids, fitting = responses_that_fit(record, tokenizer, args.max_length)
-        pair = preference_pair(record, args.split_seed, fitting)
-        if pair:
-            kept += 1
-            (train if share == "value" else test).extend(
-                (prompt_ids, chosen["response_ids"], rejected["response_ids"])
-                for chosen, rejected in (all_pairs(record, fitting) if args.pairs == "all" else [pair]))
-        elif len(fitting) < 2:
-            dropped[f"no two responses within --max_length {args.max_length} with the prompt"] += 1
-        else:
-            dropped["no pair of unequal scores"] += 1
-    if kept or dropped:
-        report_drops(dropped, kept + sum(dropped.values()), args.data, args.allow_dropped, log=print0)
-    if not train:
-        raise BadInput(f"--data {args.data}: no pair is left to train on; its prompts are too few for the "
-                       f"value share.")
-    return train, test
-
-
 def answer_logprobs(model, rows, tokenizer, args, device):
     """(log pi of the chosen, of the rejected answers), [B] each, in one forward pass of 2 B rows.
 
-    # ids            p0  p1 | y0  y1  y2  EOS pad      P = 2 prompt slots (left padded), R = 5 response slots
-    # log pi(y_t)    read at P + t - 1                 slice [:, P-1 : T-1], see common.with_logprobs
+    # ids            p1  p2 | y1  y2  y3  EOS pad      P = 2 prompt columns (left padded), R = 5 response columns
+    # log pi(y_t)    read at P + t - 2                 slice [:, P-1 : T-1], see plumbing.lean.response_logprobs
     # mask                    1   1   1   1   0        EOS counts, nothing after it does
     """
     prompts, chosen, rejected = zip(*rows)
     batch = collate(prompts + prompts, chosen + rejected, tokenizer.pad_token_id, device)
     logp, _ = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
-                    answers=batch.mask, use_cache=False,
-                    chunks=-(-2 * args.micro_batch * args.max_length // 1024))  # of about 1,024 tokens
+                    states=slice(batch.P - 1, -1), actions=batch.ids[:, batch.P:], mask=batch.mask,
+                    temperature=1.0, use_cache=False, chunks=-(-2 * args.micro_batch * args.max_length // 1024))  # of about 1,024 tokens
     return logp.sum(1).chunk(2)
 
 
@@ -204,37 +184,28 @@ def held_out(engine, rows, reference, tokenizer, args, rank, world, device):
             "eval/accuracy": wins(margins) / len(rows), "eval/margin": float(np.mean(margins))}
 
 
-def main(args):
-    import deepspeed  # here, so that --help and a mistyped flag answer at once
-    rank, world, device = init_distributed()
-    accum = split_batch(args.batch_size, args.micro_batch, world)
-    seed_everything(args.seed)
-    sft = stage_folder(args.model, "sft", args.sft_model, "--sft_model", f"sft.py --model {args.model}")
-    out = output_folder(args, "dpo")
-    config = ds_config(args.ds_config, args.micro_batch, args.max_grad_norm)
-    tokenizer = load_tokenizer(sft, "--sft_model")
-    check_model(sft, tokenizer, "--sft_model", args.max_length, f"--max_length {args.max_length}")
-    train, test = preference_rows(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
-    test = test[:args.eval_pairs]
-    run = Checkpoints(out, args, (train, test), models=[sft])
-
-    model = load_policy(sft, tokenizer, dtype_of(config), "--sft_model")
+def load_model(sft, tokenizer, config, args):
+    """The policy as a DeepSpeed engine; nothing else learns."""
+    import deepspeed
+    lm = load_policy(sft, tokenizer, dtype_of(config), "--sft_model")
     if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    if args.lora_r:
-        from peft import LoraConfig, get_peft_model
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=args.lora_r,
-                                                 lora_alpha=args.lora_alpha,
-                                                 target_modules=lora_targets(model)),
-                               "policy", autocast_adapter_dtype=False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
-                                  weight_decay=0.0, fused=True)
-    clip_in_step(optimizer, config, args.max_grad_norm)
+        lm.activation_checkpointing_enable({"use_reentrant": False})
+    model = OneBase(lm, lora=lora_config(lm, "CAUSAL_LM", args)) if args.lora_r else LogProbs(lm)
+    parameters, = train_only(model, ".policy." if args.lora_r else "")
+    optimizer = adamw([(parameters, args.lr)], config, args.max_grad_norm)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    steps = math.ceil(args.epochs * len(train) / args.batch_size)
-    steps = min(steps, args.max_steps) if args.max_steps > 0 else steps
-    print0(f"train_dpo: {len(train)} pairs, {len(test)} held out; optimizer batch {args.batch_size} = "
-           f"{world} ranks x micro batch {args.micro_batch} x {accum} accumulation; {steps} steps")
+    return engine
+
+
+def main(args):
+    rank, world, device = init_distributed()
+    seed_everything(args.seed)
+    sft, tokenizer, config, _ = stage_inputs(args, world)
+    out = output_folder(args, "dpo")
+    train, test = preference_rows(tokenizer, args)
+    checkpoints = Checkpoints(out, args, (train, test), models=[sft])
+    engine = load_model(sft, tokenizer, config, args)
+    steps = steps_of(args, train, test, "pairs", world)
 
     # The reference: the policy as it is now, before a checkpoint or a step changes it
     used = sorted(set(epoch_rows(len(train), 0, steps * args.batch_size, args.seed)))
@@ -245,11 +216,11 @@ def main(args):
                                            world, device)
     reference, test_reference = dict(zip(used, logprobs)), logprobs[len(used):]
 
-    start, _ = run.resume({"policy": engine})
-    log = MetricLog(out, show=["loss", "rewards/accuracies", "rewards/margins", "eval/accuracy", "lr",
-                               "timing/step_total"], steps=steps, start=start)
+    start, _ = checkpoints.resume({"policy": engine})
+    log = MetricLog(out, args, ["loss", "rewards/accuracies", "rewards/margins", "eval/accuracy", "lr",
+                                "timing/step_total"], steps, start)
     for step in range(start, steps):
-        started = time.time()
+        clock = Clock()
         # 1. batch: pairs of this optimizer step, dealt to the ranks
         picks = epoch_rows(len(train), step * args.batch_size, args.batch_size, args.seed)[rank::world]
 
@@ -272,22 +243,22 @@ def main(args):
         check_finite(loss, step, "the loss", bad)
         set_lr(engine, learning_rate(step, steps, args))
         engine.step()
+        clock("step_total")
 
         # 3. log
         row = {"loss": loss, "rewards/chosen": chosen, "rewards/rejected": rejected,
                "rewards/margins": chosen - rejected, "rewards/accuracies": right, "logps/chosen": logp_chosen,
                "logps/rejected": logp_rejected, "lr": learning_rate(step, steps, args),
-               "grad_norm": step_norm(engine),
-               "timing/step_total": time.time() - started, "memory/peak_gb": peak_memory_gb(device)}
+               "grad_norm": step_norm(engine), **clock.seconds, "memory/peak_gb": peak_memory_gb(device)}
         if step == 0:
             row["timing/reference"] = seconds
             print0(f"self-check: loss {loss:.4f} ({math.log(2):.4f}: policy and reference are the same)")
         if test and due(step, steps, args.eval_every):
             row.update(held_out(engine, test, test_reference, tokenizer, args, rank, world, device))
         log.write(step, row)
-        run.after(step, steps)
+        checkpoints.after(step, steps)
     save_model(engine, tokenizer, out, base=sft if args.lora_r else None)
-    run.finish()
+    checkpoints.finish()
     print0(f"train_dpo: saved to {out}")
 
 

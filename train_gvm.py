@@ -23,26 +23,28 @@ reads   the value share (50 % of the prompts) of scored responses or pairs, and 
 writes  runs/<model name>/gvm: LoRA adapter + head, tokenizer, gvm.json (K, tau's format and budget, gamma,
         lambda, reward map), args.json, metrics.jsonl
 
-Legend: B rows, P prompt slots (left padded, tau included), R response slots (right padded), T = P + R.
+Legend: B rows, P prompt columns (left padded, tau included), R response columns (right padded), T = P + R.
 """
 
-import math
-import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
-from checkpoint import Checkpoints
-from common import (MetricLog, all_sum, chat_ids, check_finite, check_model, clip_in_step, collate, cut_pair,
-                    ds_config, dtype_of, due, epoch_rows, gather_rows, init_distributed, keyed_rng,
-                    load_reward_model, load_tokenizer, load_value_base, lora_targets, model_place,
-                    output_folder, parse_args, peak_memory_gb, print0, responses_that_fit, reward_scores,
-                    save_model, seed_everything, set_lr, split_batch, stage_folder, step_norm, td_loss,
-                    tokenizer_fingerprint)
-from data import BadInput, has_policy_names, preference_pair, prompt_text, read_data, report_drops, split_of
+from common import (Run, chat_ids, collate, cut_pair, epoch_rows, keyed_rng, load_value_base, lora_config, td_loss,
+                    train_only)
+from plumbing.args import parse_args
+from plumbing.checkpoint import Checkpoints
+from plumbing.checks import check_finite, tokenizer_fingerprint
+from plumbing.deepspeed_config import adamw, dtype_of, set_lr, step_norm
+from plumbing.folders import model_place, output_folder
+from plumbing.inputs import gvm_stage_inputs, steps_of
+from plumbing.log import Clock, MetricLog, due
+from plumbing.ranks import all_sum, gather_rows, init_distributed, peak_memory_gb, print0, seed_everything
+from plumbing.rows import reward_map, trajectories
+from plumbing.saving import save_model
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Args:
     # data
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file
     split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
-    allow_dropped: bool = False  # go on when more than 10 % of the responses had to be dropped
+    allow_dropped: bool = False  # continue when more than 10 % of the responses had to be dropped
     max_length: int = 1024  # prompt + response, tau not counted; longer rows are dropped and counted [tokens]
     reward: Literal["preference", "score", "model"] = "preference"  # +1 / -1 of a pair, score, --reward_model
     reward_model: str = ""  # one-label sequence classifier whose scores, standardized, are the reward
@@ -77,15 +79,16 @@ class Args:
     batch_size: int = 32  # rows of one optimizer step, over all ranks
     micro_batch: int = 2  # rows of one forward pass on one rank
     max_grad_norm: float = 1.0  # gradient clipping
-    gradient_checkpointing: bool = False  # keep one tensor a layer and compute the rest again in backward
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
     output_dir: str = ""  # default runs/<model name>/gvm
-    resume: bool = False  # go on from the last complete checkpoint of the output folder, if there is one
-    save_every: int = 100  # checkpoints [steps]; 0: only when the run is told to end
-    keep: int = 2  # so many of the latest checkpoints stay
+    resume: bool = False  # continue from the last complete checkpoint of the output folder, if there is one
+    save_every: int = 100  # write a checkpoint this often [steps]; 0: only when the run is told to end
+    keep: int = 2  # how many checkpoints to keep
     eval_every: int = 200  # ranking accuracy on held-out pairs [optimizer steps]
     eval_pairs: int = 200  # held-out pairs it is measured on
+    track: bool = False  # log to Weights & Biases, too
     seed: int = 1  # initial weights, dropout, data order and the draws of tau
     local_rank: int = -1  # set by the deepspeed launcher
 
@@ -93,14 +96,14 @@ class Args:
 # ---- the algorithm -----------------------------------------------------------------------------------------
 
 def read_values(logits, P):
-    """Values of the last prompt token and of every response token.
+    """Q_0 .. Q_R: the values of the last prompt token and of every response token.
 
-    # ids            tau.. p0  p1 | y0  y1  y2  EOS pad    P prompt slots (left padded, tau in front), R = 5
-    # action a_t                   0   1   2   3   -       a_t is the token at P + t
-    # V(s_1)         read at P - 1                         before anything is said
-    # Q(tau, s_t, a_t)             read at P + t           slice [:, P : T], after the action was consumed
-    # mask                         1   1   1   1   0       EOS is an action and is valued; nothing after it is
-    logits: [B, T, 1];  returns [B, 1 + R] float32: slot 0 is V(s_1), slot 1 + t is Q(tau, s_t, a_t)
+    # ids       tau.. p1  p2 | y1  y2  y3  EOS pad    P prompt columns (left padded, tau in front), R = 5
+    # action a_t              1   2   3   4   -       a_t = y_t, in column P + t - 1
+    # Q_0 = V(s_1)            read at P - 1           the last prompt token, before anything is said
+    # Q_t                     read at P + t - 1       slice [:, P : T], after the action
+    # mask                    1   1   1   1   0       EOS is an action and is valued; nothing after it is
+    logits: [B, T, 1];  returns [B, 1 + R] float32
     """
     return logits[:, P - 1:, 0].float()
 
@@ -111,8 +114,7 @@ def learning_rate(step, steps, args):
 
 
 def tau_pairs(step, steps, args):
-    """Pairs of tau at this step: none in the first half of the warm-up, growing to k
-    in the second half, then k."""
+    """Pairs of tau at this step: none in the first half of the warm-up, growing to k in the second, then k."""
     progress = (step + 1) / (args.tau_warmup * steps + 1e-9)
     return min(args.k, max(0, int(2 * args.k * (progress - 0.5))))
 
@@ -135,70 +137,7 @@ def ranking_accuracy(good, bad):
     return float(((good > bad) + 0.5 * (good == bad)).mean())
 
 
-# ---- data --------------------------------------------------------------------------------------------------
-
-def trajectories(records, tokenizer, args):
-    """Scored responses as trajectories, and the held-out preference pairs.
-
-    returns (train, pairs): train is a list of dicts (prompt, group, policy, text, reward, prompt_ids,
-    response_ids); pairs is a list of (good, bad), two such dicts each, of held-out prompts.
-    """
-    train, pairs, dropped, kept = [], [], Counter(), 0
-    for record in records:
-        share = split_of(prompt_text(record["prompt"]), args.split_seed)
-        if share not in ("value", "test"):
-            continue
-        prompt_ids, fitting = responses_that_fit(record, tokenizer, args.max_length)
-        dropped[f"prompt + response over --max_length {args.max_length}"] += (len(record["responses"])
-                                                                              - len(fitting))
-        pair = preference_pair(record, args.split_seed, fitting)
-        if share == "value" and args.reward == "score":
-            chosen = [(response, score_reward(response, record, args)) for response in fitting]
-        elif share == "value" and args.reward == "model":
-            chosen = [(response, 0.0) for response in fitting]  # filled in by model_rewards
-        elif pair:
-            chosen = [(pair[0], 1.0), (pair[1], -1.0)]
-        else:
-            dropped["no pair of unequal scores"] += len(fitting)
-            continue
-        rows = [{"prompt": record["prompt"], "group": record["group"], "policy": response["policy"],
-                 "reward": reward, "text": response["text"], "prompt_ids": prompt_ids,
-                 "response_ids": response["response_ids"]} for response, reward in chosen]
-        kept += len(rows)
-        if share == "value":
-            train += rows
-        else:
-            pairs.append(tuple(rows))
-    if kept or dropped:
-        report_drops(+dropped, kept + sum(dropped.values()), args.data, args.allow_dropped, log=print0)
-    if not train:
-        raise BadInput(f"--data {args.data}: no trajectory is left to train on; its prompts are too few for "
-                       f"the value share.")
-    return train, pairs
-
-
-def score_reward(response, record, args):
-    """The data's score mapped linearly from [score_min, score_max] to [-1, 1]."""
-    if response["score"] is None:
-        raise BadInput(f"{record['where']}: no score, but --reward score needs one; use --reward preference.")
-    if not args.score_min <= response["score"] <= args.score_max:
-        raise BadInput(f"{record['where']}: score {response['score']:g} lies outside --score_min "
-                       f"{args.score_min:g} and --score_max {args.score_max:g}, which become -1 and +1: "
-                       f"set them to the data's range.")
-    return (2 * response["score"] - args.score_min - args.score_max) / (args.score_max - args.score_min)
-
-
-def model_rewards(train, args, dtype, device):
-    """Fill in rewards from a reward model: (score - mean) / (2 standard deviations), about [-1, 1].
-    Returns the map."""
-    chats = [(row["prompt"], row["text"]) for row in train]
-    model, tokenizer, _, _ = load_reward_model(args.reward_model, dtype)
-    scores = np.array(reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch))
-    center, scale = float(scores.mean()), float(2 * scores.std() + 1e-8)
-    for row, score in zip(train, scores):
-        row["reward"] = float((score - center) / scale)
-    return {"kind": "model", "reward_model": args.reward_model, "center": center, "scale": scale}
-
+# ---- tau ---------------------------------------------------------------------------------------------------
 
 class TauSource:
     """Draws tau: answers of one policy to prompts of other groups, texts cut to their budget."""
@@ -211,8 +150,7 @@ class TauSource:
         self.shortened = 0  # rows whose tau lost pairs because tau + prompt + response exceeded the context
 
     def draw(self, policy, group, rng, k):
-        """k (question, answer) text pairs of `policy`, none of them about `group`;
-        fewer where it wrote fewer."""
+        """k (question, answer) text pairs of `policy`, none of them about `group`; fewer where it wrote fewer."""
         if k == 0:
             return []
         rows, pairs = self.by_policy[policy], []
@@ -240,14 +178,14 @@ class TauSource:
 # ---- evaluation --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def held_out_ranking(engine, pairs, tau_source, tokenizer, args, rank, world, device):
+def held_out_ranking(engine, pairs, tau_source, run):
     """Ranking accuracy on held-out pairs by the mean token value, BOTH answers of a pair under ONE tau.
 
     The chosen one's and the rejected one's policy lend tau in turn. With each answer under its own tau the
     model could rank by recognizing the policy, which is worth nothing in RL, where all rows share one policy.
     """
     engine.eval()
-    jobs = []
+    args, world, jobs = run.args, run.world, []
     for i, (good, bad) in enumerate(pairs):
         for lender in (good, bad) if args.k else (good,):
             tau = tau_source.draw(lender["policy"], good["group"], keyed_rng(args.split_seed, i), args.k)
@@ -256,9 +194,9 @@ def held_out_ranking(engine, pairs, tau_source, tokenizer, args, rank, world, de
     # Every rank runs the same number of batches: ZeRO-3 would hang otherwise
     jobs = jobs[:len(jobs) // world * world]
     means = []
-    for i in range(rank, len(jobs), world * args.micro_batch):
+    for i in range(run.rank, len(jobs), world * args.micro_batch):
         prompts, responses = zip(*[row for job in jobs[i:i + world * args.micro_batch:world] for row in job])
-        q, batch = values(engine, prompts, responses, tokenizer, device)
+        q, batch = values(engine, prompts, responses, run)
         means += ((q[:, 1:] * batch.mask).sum(1) / batch.mask.sum(1)).tolist()
     engine.train()
     means = gather_rows(list(zip(means[::2], means[1::2])))
@@ -268,85 +206,54 @@ def held_out_ranking(engine, pairs, tau_source, tokenizer, args, rank, world, de
     return {"eval/accuracy": ranking_accuracy(good, bad), "eval/margin": float(np.mean(good) - np.mean(bad))}
 
 
-def values(model, prompts, responses, tokenizer, device):
+def values(model, prompts, responses, run):
     """[B, 1 + R] values of lists of prompt ids (tau included) and response ids, and the collated batch."""
-    batch = collate(prompts, responses, tokenizer.pad_token_id, device)
+    batch = collate(prompts, responses, run.tokenizer.pad_token_id, run.device)
     logits = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
                    use_cache=False).logits
     return read_values(logits, batch.P), batch
 
 
-def main(args):
-    import deepspeed  # here, so that --help and a mistyped flag answer at once
-    from peft import LoraConfig, get_peft_model
-    rank, world, device = init_distributed()
-    accum = split_batch(args.batch_size, args.micro_batch, world)
-    if args.reward == "preference" and args.batch_size % 2:
-        raise BadInput(f"--batch_size {args.batch_size} must be even with --reward preference: the two "
-                       f"answers of a pair share a batch.")
-    if (args.reward == "model") != bool(args.reward_model):
-        raise BadInput("--reward model and --reward_model FOLDER belong together: give both or neither.")
-    if args.lora_r < 1 or args.gamma <= 0 or args.score_min >= args.score_max:
-        raise BadInput(f"--lora_r {args.lora_r} must be at least 1, --gamma {args.gamma:g} above 0 and "
-                       f"--score_min {args.score_min:g} below --score_max {args.score_max:g}.")
-    seed_everything(args.seed)
-    sft = stage_folder(args.model, "sft", args.sft_model, "--sft_model", f"sft.py --model {args.model}")
-    out = output_folder(args, "gvm")
-    config = ds_config(args.ds_config, args.micro_batch, args.max_grad_norm)
-    tokenizer = load_tokenizer(sft, "--sft_model")
-    context = check_model(sft, tokenizer, "--sft_model", args.max_length, f"--max_length {args.max_length}")
-    records = read_data(args.data, args.allow_dropped, log=print0)
-    if args.k > 0 and not has_policy_names(records):
-        raise BadInput(f"--data {args.data}: its responses carry no policy name (`model`), so tau cannot be "
-                       f"drawn: use --k 0.")
-    train, pairs = trajectories(records, tokenizer, args)
-    pairs = pairs[:args.eval_pairs]
-    models = [sft]
-    if args.reward_model:
-        models.append(args.reward_model)
-        check_model(args.reward_model, load_tokenizer(args.reward_model, "--reward_model"), "--reward_model",
-                    args.max_length, f"--max_length {args.max_length}", head=True)
-    run = Checkpoints(out, args, (train, pairs), models)
-    reward_map = {"kind": args.reward}
-    if args.reward == "score":
-        reward_map.update(center=(args.score_max + args.score_min) / 2,
-                          scale=(args.score_max - args.score_min) / 2)
-    elif args.reward == "model":
-        reward_map = model_rewards(train, args, dtype_of(config), device)
-
+def load_model(sft, config, args):
+    """The SFT model's backbone with a LoRA adapter and a value head, as a DeepSpeed engine: these two learn."""
+    import deepspeed
+    from peft import get_peft_model
     model = load_value_base(sft, dtype_of(config))
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     head = "score" if hasattr(model, "score") else "classifier"
-    model = get_peft_model(model, LoraConfig(task_type="TOKEN_CLS", r=args.lora_r, lora_alpha=args.lora_alpha,
-                                             lora_dropout=args.lora_dropout,
-                                             target_modules=lora_targets(model), modules_to_save=[head]),
-                           autocast_adapter_dtype=False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
-                                  weight_decay=0.0, fused=True)
-    clip_in_step(optimizer, config, args.max_grad_norm)
+    lora = lora_config(model, "TOKEN_CLS", args, lora_dropout=args.lora_dropout, modules_to_save=[head])
+    model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    parameters, = train_only(model, ".default.")
+    optimizer = adamw([(parameters, args.lr)], config, args.max_grad_norm)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def main(args):
+    rank, world, device = init_distributed()
+    seed_everything(args.seed)
+    sft, tokenizer, config, context = gvm_stage_inputs(args, world)
+    out = output_folder(args, "gvm")
+    train, pairs = trajectories(tokenizer, args)
+    run = Run(args, tokenizer, device, rank, world)
+    checkpoints = Checkpoints(out, args, (train, pairs), [sft, args.reward_model or None])
+    reward = reward_map(train, args, dtype_of(config), device)
+
+    engine = load_model(sft, config, args)
     tau_source = TauSource(train, tokenizer, context, vars(args))
     held_out_tau = TauSource([row for pair in pairs for row in pair], tokenizer, context, vars(args))
-
-    steps = math.ceil(args.epochs * len(train) / args.batch_size)
-    steps = min(steps, args.max_steps) if args.max_steps > 0 else steps
-    print0(f"train_gvm: {len(train)} trajectories of {len(tau_source.by_policy)} policies, "
-           f"{len(pairs)} held-out pairs; optimizer batch {args.batch_size} = {world} ranks x micro batch "
-           f"{args.micro_batch} x {accum} accumulation; {steps} steps")
+    steps = steps_of(args, train, pairs, f"trajectories of {len(tau_source.by_policy)} policies", world)
     print0(f"tau: {args.k} pairs, questions cut to {args.tau_question_tokens} and answers to "
-           f"{args.tau_answer_tokens} tokens; where tau + prompt + response exceed {context}, whole pairs "
-           f"are left out, the first one first")
-
-    start, state = run.resume({"model": engine})
+           f"{args.tau_answer_tokens} tokens; where tau + prompt + response exceed {context}, whole pairs are "
+           f"left out, the first one first")
+    start, state = checkpoints.resume({"model": engine})
     tau_source.shortened = state.get("shortened", 0)
-    log = MetricLog(out, show=["loss", "value/mean", "eval/accuracy", "lr", "timing/step_total"], steps=steps,
-                    start=start)
+    log = MetricLog(out, args, ["loss", "value/mean", "eval/accuracy", "lr", "timing/step_total"], steps, start)
     for step in range(start, steps):
-        started = time.time()
-        # 1. batch: rows of this optimizer step, each with a fresh tau of the policy that wrote it.
-        #    tau is empty at first: the model learns to value answers, then whose they are. Both at once
-        #    took far longer
+        clock = Clock()
+        # 1. batch: rows of this optimizer step, each with a fresh tau of the policy that wrote it. tau is empty at
+        #    first: the model learns to value answers, then whose they are. Both at once took far longer
         k = tau_pairs(step, steps, args)
         picks = list(enumerate(rows_of_step(len(train), step, args)))[rank::world]
         rows = []
@@ -354,18 +261,16 @@ def main(args):
             tau = tau_source.draw(train[i]["policy"], train[i]["group"], keyed_rng(args.seed, step, place), k)
             prompt, = tau_source.prompts([train[i]], tau)
             rows.append((prompt, train[i]["response_ids"], train[i]["reward"]))
-        slots = sum(len(response) + 1 for _, response, _ in rows)   # + 1: the last prompt token
-        all_slots, = all_sum(slots, device=device)
+        count, = all_sum(sum(1 + len(response) for _, response, _ in rows), device=device)  # Q_0 .. Q_n of each
 
-        # 2. update: DeepSpeed averages gradients over ranks, so a mean over slots is sum * ranks / slots of
-        #    all ranks
+        # 2. update: DeepSpeed averages gradients over ranks, so a mean over values is sum * ranks / values of all
         engine.train()
         total, value_sum, bad = 0.0, 0.0, []
         for i in range(0, len(rows), args.micro_batch):
-            prompts, responses, reward = zip(*rows[i:i + args.micro_batch])
-            q, batch = values(engine, prompts, responses, tokenizer, device)
-            loss, _ = td_loss(q, torch.tensor(reward, device=device), batch.mask, args.gamma, args.lam)
-            engine.backward(loss * world / all_slots)
+            prompts, responses, rewards = zip(*rows[i:i + args.micro_batch])
+            q, batch = values(engine, prompts, responses, run)
+            loss, _ = td_loss(q, torch.tensor(rewards, device=device), batch.mask, args.gamma, args.lam)
+            engine.backward(loss * world / count)
             total, value_sum = total + loss.item(), value_sum + (q[:, 1:] * batch.mask).sum().item()
             if not loss.isfinite():
                 bad += [repr(tokenizer.decode(prompt)[-80:]) for prompt in prompts]
@@ -373,17 +278,16 @@ def main(args):
         check_finite(total, step, "the loss", bad)
         set_lr(engine, learning_rate(step, steps, args))
         engine.step()
+        clock("step_total")
 
-        # 3. log: the loss alone does not tell (its noise floor depends on lambda), so held-out ranking is
-        #    beside it
-        row = {"loss": total / all_slots, "value/mean": value_sum / (all_slots - args.batch_size),
-               "lr": learning_rate(step, steps, args), "num_tokens": all_slots - args.batch_size,
-               "grad_norm": step_norm(engine),
-               "timing/step_total": time.time() - started, "memory/peak_gb": peak_memory_gb(device)}
+        # 3. log: the loss alone does not tell (its noise floor depends on lambda): held-out ranking beside it
+        row = {"loss": total / count, "value/mean": value_sum / (count - args.batch_size),
+               "lr": learning_rate(step, steps, args), "num_tokens": count - args.batch_size,
+               "grad_norm": step_norm(engine), **clock.seconds, "memory/peak_gb": peak_memory_gb(device)}
         if pairs and due(step, steps, args.eval_every):
-            row.update(held_out_ranking(engine, pairs, held_out_tau, tokenizer, args, rank, world, device))
+            row.update(held_out_ranking(engine, pairs, held_out_tau, run))
         log.write(step, row)
-        run.after(step, steps, shortened=tau_source.shortened)
+        checkpoints.after(step, steps, shortened=tau_source.shortened)
     shortened, = all_sum(tau_source.shortened, device=device)
     print0(f"tau: left-out pairs in {shortened:.0f} of {steps * args.batch_size} rows drawn")
     save_model(engine, tokenizer, out, extra={"gvm.json": {
@@ -392,8 +296,8 @@ def main(args):
         "tau_answer_tokens": args.tau_answer_tokens, "max_length": args.max_length, "context": context,
         "gamma": args.gamma, "lam": args.lam, "chat_template": tokenizer.chat_template,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), "split_seed": args.split_seed,
-        "reward": reward_map}})
-    run.finish()
+        "reward": reward}})
+    checkpoints.finish()
     print0(f"train_gvm: saved to {out}")
 
 

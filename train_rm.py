@@ -21,9 +21,6 @@ writes  runs/<model name>/rm: LoRA adapter + head, tokenizer, rm.json (base mode
 Legend: B pairs, T tokens of prompt and answer (left padded).
 """
 
-import math
-import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,13 +28,18 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from checkpoint import Checkpoints
-from common import (MetricLog, all_sum, check_finite, check_model, clip_in_step, disable_dropout, ds_config,
-                    dtype_of, due, epoch_rows, gather_rows, init_distributed, last_token_scores,
-                    load_tokenizer, load_weights, lora_targets, model_place, output_folder, parse_args,
-                    peak_memory_gb, print0, responses_that_fit, save_model, seed_everything, set_lr,
-                    split_batch, stage_folder, step_norm, tokenizer_fingerprint)
-from data import BadInput, all_pairs, preference_pair, prompt_text, read_data, report_drops, split_of
+from common import disable_dropout, epoch_rows, last_token_scores, lora_config, train_only
+from plumbing.args import parse_args
+from plumbing.checkpoint import Checkpoints
+from plumbing.checks import check_finite, load_weights, tokenizer_fingerprint
+from plumbing.deepspeed_config import adamw, dtype_of, set_lr, step_norm
+from plumbing.errors import BadInput
+from plumbing.folders import model_place, output_folder
+from plumbing.inputs import stage_inputs, steps_of
+from plumbing.log import Clock, MetricLog, due
+from plumbing.ranks import all_sum, gather_rows, init_distributed, peak_memory_gb, print0, seed_everything
+from plumbing.rows import preference_rows
+from plumbing.saving import save_model
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Args:
     # data
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file
     split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
-    allow_dropped: bool = False  # go on when more than 10 % of the pairs had to be dropped
+    allow_dropped: bool = False  # continue when more than 10 % of the pairs had to be dropped
     pairs: Literal["one", "all"] = "one"  # of several scored answers the best and a lower one, or every pair
     max_length: int = 1024  # prompt + response; longer ones are not paired, lost pairs are counted [tokens]
     # optimisation
@@ -61,15 +63,16 @@ class Args:
     batch_size: int = 8  # pairs of one optimizer step, over all ranks
     micro_batch: int = 1  # pairs of one forward pass on one rank
     max_grad_norm: float = 1.0  # gradient clipping
-    gradient_checkpointing: bool = False  # keep one tensor a layer and compute the rest again in backward
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
     output_dir: str = ""  # default runs/<model name>/rm
-    resume: bool = False  # go on from the last complete checkpoint of the output folder, if there is one
-    save_every: int = 100  # checkpoints [steps]; 0: only when the run is told to end
-    keep: int = 2  # so many of the latest checkpoints stay
+    resume: bool = False  # continue from the last complete checkpoint of the output folder, if there is one
+    save_every: int = 100  # write a checkpoint this often [steps]; 0: only when the run is told to end
+    keep: int = 2  # how many checkpoints to keep
     eval_every: int = 200  # accuracy on held-out pairs [optimizer steps]
     eval_pairs: int = 200  # held-out pairs it is measured on
+    track: bool = False  # log to Weights & Biases, too
     seed: int = 1  # initial weights, dropout and data order
     local_rank: int = -1  # set by the deepspeed launcher
 
@@ -92,32 +95,6 @@ def learning_rate(step, steps, args):
 
 
 # ---- data --------------------------------------------------------------------------------------------------
-
-def preference_rows(records, tokenizer, args):
-    """(train, held-out) lists of pairs: (prompt ids, chosen ids, rejected ids)."""
-    train, test, kept, dropped = [], [], 0, Counter()
-    for record in records:
-        share = split_of(prompt_text(record["prompt"]), args.split_seed)
-        if share not in ("value", "test"):
-            continue
-        prompt_ids, fitting = responses_that_fit(record, tokenizer, args.max_length)
-        pair = preference_pair(record, args.split_seed, fitting)
-        if pair:
-            kept += 1
-            (train if share == "value" else test).extend(
-                (prompt_ids, chosen["response_ids"], rejected["response_ids"])
-                for chosen, rejected in (all_pairs(record, fitting) if args.pairs == "all" else [pair]))
-        elif len(fitting) < 2:
-            dropped[f"no two responses within --max_length {args.max_length} with the prompt"] += 1
-        else:
-            dropped["no pair of unequal scores"] += 1
-    if kept or dropped:
-        report_drops(dropped, kept + sum(dropped.values()), args.data, args.allow_dropped, log=print0)
-    if not train:
-        raise BadInput(f"--data {args.data}: no pair is left to train on; its prompts are too few for the "
-                       f"value share.")
-    return train, test
-
 
 def pair_scores(model, rows, tokenizer, device):
     """(scores of the chosen, scores of the rejected answers), [B] each, in one forward pass of 2 B rows."""
@@ -144,47 +121,40 @@ def held_out(engine, rows, tokenizer, args, rank, world, device):
     return {"eval/accuracy": wins(margins) / len(margins), "eval/margin": float(np.mean(margins))}, scores
 
 
-def main(args):
-    import deepspeed  # here, so that --help and a mistyped flag answer at once
-    from peft import LoraConfig, get_peft_model
-    rank, world, device = init_distributed()
-    accum = split_batch(args.batch_size, args.micro_batch, world)
-    if args.lora_r < 1:
-        raise BadInput(f"--lora_r {args.lora_r} must be at least 1.")
-    seed_everything(args.seed)
-    sft = stage_folder(args.model, "sft", args.sft_model, "--sft_model", f"sft.py --model {args.model}")
-    out = output_folder(args, "rm")
-    config = ds_config(args.ds_config, args.micro_batch, args.max_grad_norm)
-    tokenizer = load_tokenizer(sft, "--sft_model")
-    check_model(sft, tokenizer, "--sft_model", args.max_length, f"--max_length {args.max_length}")
-    train, test = preference_rows(read_data(args.data, args.allow_dropped, log=print0), tokenizer, args)
-    test = test[:args.eval_pairs]
-    run = Checkpoints(out, args, (train, test), models=[sft])
-
-    model = disable_dropout(load_weights(AutoModelForSequenceClassification, sft, "--sft_model",
-                                         new_head=True, num_labels=1, dtype=dtype_of(config)))
+def load_model(sft, config, args):
+    """The SFT model's backbone with a LoRA adapter and a score head, as a DeepSpeed engine: these two learn."""
+    import deepspeed
+    from peft import get_peft_model
+    model = disable_dropout(load_weights(AutoModelForSequenceClassification, sft, "--sft_model", new_head=True,
+                                         num_labels=1, dtype=dtype_of(config)))
     model.config.pad_token_id = -1  # the score is read at the last position, see last_token_scores
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=args.lora_r, lora_alpha=args.lora_alpha,
-                                             lora_dropout=args.lora_dropout,
-                                             target_modules=lora_targets(model), modules_to_save=["score"]),
-                           autocast_adapter_dtype=False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
-                                  weight_decay=0.0, fused=True)
-    clip_in_step(optimizer, config, args.max_grad_norm)
+    lora = lora_config(model, "SEQ_CLS", args, lora_dropout=args.lora_dropout, modules_to_save=["score"])
+    model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    parameters, = train_only(model, ".default.")
+    optimizer = adamw([(parameters, args.lr)], config, args.max_grad_norm)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    steps = math.ceil(args.epochs * len(train) / args.batch_size)
-    steps = min(steps, args.max_steps) if args.max_steps > 0 else steps
-    print0(f"train_rm: {len(train)} pairs, {len(test)} held out; optimizer batch {args.batch_size} = {world} "
-           f"ranks x micro batch {args.micro_batch} x {accum} accumulation; {steps} steps")
+    return engine
 
-    start, _ = run.resume({"model": engine})
-    log = MetricLog(out, show=["loss", "accuracy", "eval/accuracy", "lr", "timing/step_total"], steps=steps,
-                    start=start)
+
+def main(args):
+    rank, world, device = init_distributed()
+    if args.lora_r < 1:
+        raise BadInput(f"--lora_r {args.lora_r} must be at least 1.")
+    seed_everything(args.seed)
+    sft, tokenizer, config, _ = stage_inputs(args, world)
+    out = output_folder(args, "rm")
+    train, test = preference_rows(tokenizer, args)
+    checkpoints = Checkpoints(out, args, (train, test), models=[sft])
+
+    engine = load_model(sft, config, args)
+    steps = steps_of(args, train, test, "pairs", world)
+    start, _ = checkpoints.resume({"model": engine})
+    log = MetricLog(out, args, ["loss", "accuracy", "eval/accuracy", "lr", "timing/step_total"], steps, start)
     scores = None
     for step in range(start, steps):
-        started = time.time()
+        clock = Clock()
         # 1. batch: pairs of this optimizer step, dealt to the ranks
         rows = [train[i] for i in epoch_rows(len(train), step * args.batch_size, args.batch_size,
                                              args.seed)][rank::world]
@@ -204,17 +174,17 @@ def main(args):
         check_finite(total, step, "the loss", bad)
         set_lr(engine, learning_rate(step, steps, args))
         engine.step()
+        clock("step_total")
 
         # 3. log
         row = {"loss": total / args.batch_size, "accuracy": right / args.batch_size,
                "margin": margin / args.batch_size, "lr": learning_rate(step, steps, args),
-               "grad_norm": step_norm(engine),
-               "timing/step_total": time.time() - started, "memory/peak_gb": peak_memory_gb(device)}
+               "grad_norm": step_norm(engine), **clock.seconds, "memory/peak_gb": peak_memory_gb(device)}
         if test and due(step, steps, args.eval_every):
             ranking, scores = held_out(engine, test, tokenizer, args, rank, world, device)
             row.update(ranking)
         log.write(step, row)
-        run.after(step, steps)
+        checkpoints.after(step, steps)
 
     # The scale is that of the held-out scores of the last step, unless they are too few or were not asked for
     if len(test) < 16 or scores is None:
@@ -225,7 +195,7 @@ def main(args):
         "base_model": model_place(sft), "center": center,
         "scale": scale, "max_length": args.max_length, "chat_template": tokenizer.chat_template,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), "split_seed": args.split_seed}})
-    run.finish()
+    checkpoints.finish()
     print0(f"train_rm: saved to {out}; scores: mean {center:.3f}, two standard deviations {scale:.3f}")
 
 

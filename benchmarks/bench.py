@@ -52,7 +52,9 @@ def make_models(folder, config, dtype, args):
     """Folders sft, gvm and rm, with random weights and fresh adapters, and data.jsonl with prompts."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-    from common import load_value_base, lora_targets, model_place, tokenizer_fingerprint, value_head
+    from common import load_value_base, lora_targets, value_head
+    from plumbing.checks import tokenizer_fingerprint
+    from plumbing.folders import model_place
     tokenizer = make_tokenizer(config.vocab_size)
     torch.manual_seed(0)
     config = copy.deepcopy(config)

@@ -27,7 +27,7 @@ import train_dvpo
 import train_gvm
 import train_ppo
 import train_rm
-from common import parse_args
+from plumbing.args import parse_args
 
 torch.set_num_threads(1)
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification, GenerationConfig, P
 import sft
 import train_dvpo
 import train_gvm
-from common import (answer_ids, chat_ids, collate, generate, keyed_rng, load_policy, load_tokenizer,
-                    load_reward_model, load_value_base, reward_scores, value_head)
+from common import (answer_ids, chat_ids, collate, generate, keyed_rng, load_policy, load_reward_model,
+                    load_tokenizer, load_value_base, reward_scores, value_head)
 from conftest import TEMPLATE, WORDS, run_stage, word_tokenizer
 
 EOS, CPU = 1, torch.device("cpu")

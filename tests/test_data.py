@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from data import (
-    BadInput, all_pairs, has_policy_names, mistaken_ten, preference_pair, prompt_text, read_data, report_drops, score_of,
-    split_of,
-)
+from plumbing.data import (all_pairs, has_policy_names, mistaken_ten, preference_pair, prompt_text, read_data,
+                           report_drops, score_of, split_of)
+from plumbing.errors import BadInput
 
 USER = {"role": "user", "content": "What is 2 + 3?"}
 FIVE = {"role": "assistant", "content": "5"}

@@ -23,10 +23,15 @@ import train_gvm
 import train_ppo
 import train_remax
 import train_rm
-from checkpoint import Checkpoints, checksum_of, size_and_checksum
-from common import base_of, check_model, ds_config, gvm_settings, load_tokenizer, parse_args, reward_scale
+from common import load_tokenizer
+from plumbing.args import parse_args
+from plumbing.checkpoint import Checkpoints, checksum_of, size_and_checksum
+from plumbing.checks import check_model, gvm_settings, reward_scale
+from plumbing.data import split_of
+from plumbing.deepspeed_config import ds_config
+from plumbing.errors import BadInput
+from plumbing.folders import base_of
 from conftest import FP32, ROOT, WORDS, clean_env, feedback_rows, run_stage, tiny_llama, word_tokenizer, write_jsonl
-from data import BadInput, split_of
 from test_data import damaged
 
 ROWS = feedback_rows()

@@ -11,8 +11,10 @@ from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import evaluate
-from common import DEFAULT_CHAT_TEMPLATE, load_value_base, tokenizer_fingerprint
-from data import BadInput, split_of
+from common import DEFAULT_CHAT_TEMPLATE, load_value_base
+from plumbing.checks import tokenizer_fingerprint
+from plumbing.data import split_of
+from plumbing.errors import BadInput
 from toy import bayes, reference, world
 
 WORDS = "<pad> <unk> <bos> <eos> User: Assistant: System: what is ? yes no it really not".split()

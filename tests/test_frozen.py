@@ -18,8 +18,8 @@ import sft
 import train_dvpo
 import train_gvm
 from common import load_gvm, load_policy, load_tokenizer, value_head
+from plumbing.errors import BadInput
 from conftest import clean_env, fingerprint, metrics, recorded, run_stage
-from data import BadInput
 
 IDS = torch.tensor([[0, 3, 6, 9, 15, 27, 7, 4, 6, 12, 9, 27, 14, 8, 1]])
 

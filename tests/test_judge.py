@@ -14,7 +14,8 @@ from huggingface_hub import constants
 
 import judge
 from common import load_reward_model, reward_scores
-from data import BadInput, split_of
+from plumbing.data import split_of
+from plumbing.errors import BadInput
 from conftest import feedback_rows, write_jsonl
 
 KEY = "sk-secret-0123456789"

@@ -19,9 +19,11 @@ import label
 import train_dpo
 import train_dvpo
 import train_gvm
-from common import chat_ids, load_reward_model, load_tokenizer, parse_args, reward_scores
+from common import chat_ids, load_reward_model, load_tokenizer, reward_scores
+from plumbing.args import parse_args
+from plumbing.data import read_data, split_of
+from plumbing.errors import BadInput
 from conftest import ROOT, clean_env, feedback_rows, metrics, run_stage, start, write_jsonl
-from data import BadInput, read_data, split_of
 
 
 class PowerCut(Exception):

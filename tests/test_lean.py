@@ -17,9 +17,9 @@ import train_dvpo
 import train_gvm
 import train_ppo
 import train_rm
-from common import (GumbelNoise, OneBase, chat_ids, collate, generate, load_gvm, load_policy,
-                    load_reward_model, load_tokenizer, lora_targets, micro_batches, reward_scores,
-                    with_logprobs)
+from common import (chat_ids, collate, generate, GumbelNoise, load_gvm, load_policy, load_reward_model,
+                    load_tokenizer, lora_targets, micro_batches, reward_scores, with_logprobs)
+from plumbing.lean import OneBase
 from conftest import metrics, recorded, run_stage
 
 CPU, EOS = torch.device("cpu"), 1

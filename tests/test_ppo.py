@@ -19,8 +19,9 @@ import train_ppo
 import train_rm
 from common import (answer_ids, chat_ids, collate, load_gvm, load_reward_model, load_tokenizer,
                     load_value_base, reward_scores)
+from plumbing.data import read_data
+from plumbing.errors import BadInput
 from conftest import clean_env, fingerprint, metrics, recorded, run_stage, word_tokenizer
-from data import BadInput, read_data
 
 CPU = torch.device("cpu")
 CHAT = [{"role": "user", "content": "is thing1 red ?"}]

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 import report
-from data import BadInput
+from plumbing.errors import BadInput
 
 EVIL = "<script>document.title = 'owned'; alert(1)</script><img src=http://example.com/x.png onerror=alert(2)>"
 

@@ -26,7 +26,7 @@ import train_ppo
 import train_remax
 import train_rm
 from conftest import metrics, recorded, run_stage, start
-from data import BadInput
+from plumbing.errors import BadInput
 
 STAGES = {"sft": sft, "gvm": train_gvm, "dvpo": train_dvpo, "rm": train_rm, "ppo": train_ppo,
           "remax": train_remax, "dpo": train_dpo}

@@ -17,8 +17,8 @@ import train_ppo
 import train_remax
 import train_rm
 from common import collate, load_policy, load_tokenizer
+from plumbing.errors import BadInput
 from conftest import metrics, recorded, run_stage
-from data import BadInput
 
 CPU = torch.device("cpu")
 
@@ -165,7 +165,7 @@ def test_one_step_of_remax_is_the_gradient_of_its_definition(chain, tmp_path, mo
     """Plain SGD over a batch in two micro batches: the weights move by -lr times the gradient of
     -sum A_t log pi(a_t | s_t) / tokens, every log pi from a forward pass of its own, in float64."""
     import deepspeed
-    from common import init_distributed
+    from plumbing.ranks import init_distributed
     init_distributed()
     tokenizer = load_tokenizer(chain.sft)
     prompts, responses = [[0, 3, 6, 9], [0, 20], [0, 5, 7]], [[5, 1], [12, 4, 8, 9], [3, 1]]

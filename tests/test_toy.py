@@ -365,7 +365,7 @@ def test_preference_files(build, name, policies, rows, width):
 
 
 def test_sft_file_and_split(build):
-    from data import split_of
+    from plumbing.data import split_of
     assert make.choose_split_seed() == SPLIT_SEED == DEFAULTS["sft"]["split_seed"]
     rows = read_jsonl(build / "sft.jsonl")
     assert {row["instruction"] for row in rows} == {p for p in PROMPTS if split_of(p, SPLIT_SEED) == "sft"}

@@ -19,8 +19,9 @@ import deepspeed
 import torch
 
 import train_dvpo
-from common import (freeze, gather_rows, init_distributed, load_policy, load_tokenizer, save_model,
-                    whole_weights)
+from common import freeze, load_policy, load_tokenizer
+from plumbing.ranks import gather_rows, init_distributed, whole_weights
+from plumbing.saving import save_model
 
 
 def step(job, stage):

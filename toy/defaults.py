@@ -1,5 +1,7 @@
-"""Argument values of `--model toy`, per script. They replace the defaults;
-what is given on the command line wins."""
+"""Argument values of `--model toy`, per script. They replace the defaults; what is given on the command line
+wins."""
+
+MADE = "toy/build", "python -m toy.make"  # where this world's files are, and what writes them
 
 SPLIT_SEED = 100                        # under this seed the most facts occur in every share of the prompts
 

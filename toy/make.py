@@ -24,7 +24,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import split_of
+from plumbing.data import split_of
 from toy.defaults import SPLIT_SEED
 from toy.world import (FACT_OF, FACTS, PROMPTS, SFT, TRAINING, UNSEEN, group_of, sample_answer, score,
                        vocabulary)

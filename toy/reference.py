@@ -4,7 +4,7 @@ Only answers of the scripted policies are valued: those of the data files, seen 
 """
 from functools import lru_cache
 
-from data import BadInput
+from plumbing.errors import BadInput
 from toy.bayes import bayes_q, undecided
 from toy.world import FACT_OF, PROMPTS, TRAINING, UNSEEN, parse, response_tokens, scripted_q
 

@@ -30,21 +30,18 @@ run. Whatever else is wrong stops it at once, with one sentence that names the r
 import hashlib
 import json
 import math
-import os
-import re
 import unicodedata
 from collections import Counter
 
-EXTENSIONS = (".json", ".jsonl", ".parquet")
+from plumbing.errors import BadInput, one_line
+from plumbing.files import read_rows, wrong_type
+
+
 ROLES = ("system", "user", "assistant")
+
+
 MAX_DROPPED = 0.10  # fraction of the responses; above it a file is more likely misread than noisy
 
-
-class BadInput(SystemExit):
-    """One sentence for the person at the terminal: Python prints it to stderr and exits with status 1."""
-
-
-# ---- prompts and their split ----
 
 def normalized(text):
     """The text under which two copies of a prompt count as one: outer space, line ends, accents unified."""
@@ -75,113 +72,6 @@ def split_of(text, seed):
     rest = (u - 0.10) / 0.90
     return "sft" if rest < 0.30 else "value" if rest < 0.80 else "rl"
 
-
-# ---- from a source to rows ----
-
-def read_rows(source):
-    """Yields (where, row) for each row of a source: str, dict. Reads, and so raises, while being iterated."""
-    source = str(source)
-    extension = os.path.splitext(source)[1].lower()
-    if os.path.isdir(source):
-        raise BadInput(f"{source} is a folder; give one {', '.join(EXTENSIONS)} file in it")
-    if not os.path.exists(source):
-        rows = hub_rows(source)
-    elif extension in EXTENSIONS:
-        rows = {".json": json_rows, ".jsonl": jsonl_rows, ".parquet": parquet_rows}[extension](source)
-    else:
-        raise BadInput(f"{source}: unknown extension {extension!r}; convert it to {', '.join(EXTENSIONS)}")
-    where = None
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise wrong_type(where, "the row", row, "an object")
-        yield where, row
-    if where is None:
-        raise BadInput(f"{source} is empty; give a file with at least one row")
-
-
-def json_rows(path):
-    raw = b"".join(line for _, line in binary_lines(path))
-    rows = parse_json(raw, path, first_line=1) if raw.strip() else []
-    rows = rows.get("data") if isinstance(rows, dict) else rows
-    if not isinstance(rows, list):
-        raise BadInput(f'{path}: no list of rows and no {{"data": rows}}; one object a line is called .jsonl')
-    for i, row in enumerate(rows):
-        yield f"{path}[{i}]", row
-
-
-def jsonl_rows(path):
-    for number, line in binary_lines(path):
-        if line.strip():
-            yield f"{path}:{number}", parse_json(line, path, first_line=number)
-
-
-def parquet_rows(path):
-    import pyarrow.parquet  # comes with datasets; imported here, as reading .jsonl needs neither
-
-    i = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    yield f"{path}[{i}]", row
-                    i += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: unreadable as parquet ({one_line(error)}); write or copy it again") from None
-
-
-def hub_rows(source):
-    name, _, split = source.partition(":")
-    split = split or "train"
-    looks_like_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
-    if not looks_like_id or os.path.splitext(name)[1].lower() in EXTENSIONS:
-        raise BadInput(f"{source or repr(source)}: no such file; give {', '.join(EXTENSIONS)} or a hub id "
-                       f"owner/name[:split]")
-    try:
-        import datasets
-
-        dataset = datasets.load_dataset(name, split=split)
-    except Exception as error:  # a dozen classes of four libraries, which all mean: the data did not arrive
-        raise BadInput(
-            f"{source}: no such file, and no split {split!r} from the hub ({one_line(error)}); check the "
-            "name, log in if it is gated, or without network copy its .parquet file here and give that"
-        ) from None
-    for i, row in enumerate(dataset):
-        yield f"{name}:{split}[{i}]", row
-
-
-def binary_lines(path):
-    """Yields (number from 1, bytes). Cuts at LF only, where str.splitlines would cut texts at U+2028."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # byte order mark
-    except OSError as error:
-        raise BadInput(f"{path}: {one_line(error)}; check the path and its permissions") from None
-
-
-def parse_json(raw, path, first_line):
-    """bytes -> value; first_line is the number in the file of the line on which raw begins."""
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = first_line + raw.count(b"\n", 0, error.start)
-        byte = f"byte {raw[error.start]:#04x}"
-        raise BadInput(f"{path}:{line}: {byte} is not UTF-8; convert the file to UTF-8") from None
-    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
-        line = first_line + getattr(error, "lineno", 1) - 1
-        hint = "complete it; one object a line is called .jsonl, a list .json"
-        raise BadInput(f"{path}:{line}: not valid JSON ({one_line(error)}); {hint}") from None
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def wrong_type(where, name, value, wanted):
-    return BadInput(f"{where}: {name} must be {wanted}, not {type(value).__name__}; correct the row")
-
-
-# ---- from a row to a record ----
 
 def shape_of(row):
     """The shape in the table above that a row (dict) has, or None. A column counts even where it is null."""
@@ -377,8 +267,6 @@ def new_record(where, row, shape, prompt, responses):
     return {"where": where, "shape": shape, "prompt": prompt, "group": group, "responses": responses}
 
 
-# ---- from a source to records ----
-
 def read_data(source, allow_dropped=False, log=print, needs="scores"):
     """The records of a source, in its order; duplicate rows stay, a row without a usable response goes.
     needs: as in record_of
@@ -424,8 +312,6 @@ def report_drops(dropped, total, source, allow, log=print, first=None):
         raise BadInput(f"{line}; more than {MAX_DROPPED:.0%}: correct the data or pass --allow_dropped")
     log(line)
 
-
-# ---- from records to training examples ----
 
 def preference_pair(record, seed, responses=None):
     """(chosen, rejected), two responses of a record, or None where it prefers neither.

@@ -27,10 +27,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import due, gather_rows, print0, writing
-from data import BadInput, one_line
+from plumbing.checks import fingerprint
+from plumbing.errors import BadInput, one_line, writing
+from plumbing.log import due
+from plumbing.ranks import gather_rows, parents, print0
 
-MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank"}  # flags that change no number
+
+MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank", "track"}  # flags that change no number
 
 
 class Checkpoints:
@@ -49,6 +52,7 @@ class Checkpoints:
     """
 
     def __init__(self, out, args, data, models):
+        models = [model for model in models if model is not None]
         for model in models:
             if Path(out).resolve() == Path(model).resolve():
                 raise BadInput(f"--output_dir {out}: a model that this run reads lies here; choose another "
@@ -210,19 +214,6 @@ class Checkpoints:
         self.signals.restore()
 
 
-def fingerprint(model, part=1 << 20):
-    """Of a model's folder: name, size, first and last MiB of its weights and settings; a hub id is itself."""
-    crc = 0
-    for path in sorted(Path(model).glob("*")):
-        if path.suffix in (".safetensors", ".json", ".jinja") and path.stem not in ("args", "finished"):
-            size = path.stat().st_size
-            with open(path, "rb") as f:
-                crc = zlib.crc32(f"{path.name} {size}".encode() + f.read(part), crc)
-                f.seek(max(0, size - part))
-                crc = zlib.crc32(f.read(part), crc)
-    return crc or str(model)
-
-
 def checksum_of(ranks, files):
     """Of what done.json says, so that it vouches for itself, too."""
     return zlib.crc32(json.dumps([ranks, files]).encode())
@@ -237,8 +228,6 @@ def size_and_checksum(path):
         os.fsync(f.fileno())
     return [size, crc]
 
-
-# ---- random states ----
 
 def random_states():
     """Of every library that draws on this rank, JSON-able."""
@@ -261,8 +250,6 @@ def set_random_states(states):
         torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
 
 
-# ---- being told to end ----
-
 class StopSignals:
     """SIGTERM and SIGINT ask for an end at the next safe point; a second one ends the process at once. The
     launcher passes Ctrl-C on as both within 10 ms, so that only one more than 2 seconds later is a second."""
@@ -281,17 +268,3 @@ class StopSignals:
     def restore(self):
         for number, handler in self.old.items():
             signal.signal(number, handler)
-
-
-def parents():
-    """Process ids whose change means that the launcher has died: of DeepSpeed's helper process, which is the
-    parent, and of the `deepspeed` command, which dies alone when it gets a SIGTERM. None without a launcher:
-    a run may outlive the shell that started it."""
-    parent = os.getppid()
-    try:
-        if b"deepspeed.launcher.launch" not in Path(f"/proc/{parent}/cmdline").read_bytes():
-            return []
-        stat = Path(f"/proc/{parent}/stat").read_text()
-        return [parent, int(stat.rpartition(")")[2].split()[1])]
-    except OSError:  # not Linux, or it has just died
-        return []

@@ -1,0 +1,109 @@
+"""Command line -> dataclass, the ranges of its values, and functions of your own by name."""
+
+import dataclasses
+import inspect
+import os
+import pkgutil
+import re
+import sys
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from plumbing.errors import BadInput, one_line
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse_args(cls, argv=None):
+    """Command line -> dataclass. The trailing `  # comment` of a field is its --help text.
+
+    Where --model is a folder of this repository that has a defaults.py, its values replace the defaults of
+    the fields they name. Flags typed on the command line win over both.
+    """
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
+    for field in dataclasses.fields(cls):
+        field.metadata = {"help": comments.get(field.name, "").replace("%", "%%") or None}
+    parser = HfArgumentParser(cls, description=inspect.getmodule(cls).__doc__.split("\n\n")[0],
+                              allow_abbrev=False)
+    values = parser.parse_args(argv)
+    world = getattr(values, "model", "")
+    if re.fullmatch(r"\w+", world) and (ROOT / world / "defaults.py").exists():
+        names = {field.name for field in dataclasses.fields(cls)}
+        defaults = pkgutil.resolve_name(f"{world}.defaults:DEFAULTS").get(Path(inspect.getfile(cls)).stem, {})
+        parser.set_defaults(**{name: value for name, value in defaults.items() if name in names})
+        values = parser.parse_args(argv)
+        check_made(values, *pkgutil.resolve_name(f"{world}.defaults:MADE"))
+    for flag, (low, high) in LIMITS.items():
+        value = getattr(values, flag, low)
+        if isinstance(value, (int, float)) and not low <= value <= high:  # true of nan, too
+            raise BadInput(f"--{flag} {value:g} makes no sense: give a number from {low:g} to {high:g}.")
+    return cls(**vars(values))
+
+
+def check_made(values, folder, command):
+    """Refuse to start on the files of a world that has not been made yet, with the command that makes it."""
+    for flag in ("base_model", "data"):
+        path = Path(getattr(values, flag, ""))
+        if Path(folder) in path.parents and not path.exists():
+            raise BadInput(f"--{flag} {path}: not there yet: run `{command}` first.")
+
+
+def command_args(cls, commands, argv, outputs):
+    """(command, its arguments) of a script that has several commands; whose help begins "command: " or
+    "one, other: " belongs to these. outputs: flags that name a file to write."""
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [word for word in argv if not re.match("--local[-_]rank=", word)]  # the launcher puts it in front
+    script = Path(inspect.getfile(cls)).name
+    if not argv or argv[0] not in commands:
+        raise BadInput(f"usage: {script} {'|'.join(commands)} [flags]; "
+                       f"`{script} {next(iter(commands))} --help` has all.")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput(f"{script} works on one rank: start it with python, or with deepspeed --num_gpus 1.")
+    args = parse_args(cls, argv[1:])
+    typed = {word.partition("=")[0].replace("-", "_") for word in argv}
+    for flag in dataclasses.fields(cls):  # one of another command would silently do nothing
+        owners = set(flag.metadata["help"].partition(":")[0].split(", "))
+        if owners & set(commands) and argv[0] not in owners and f"__{flag.name}" in typed:
+            raise BadInput(f"--{flag.name} is a flag of `{script} {' and '.join(sorted(owners))}`, not of "
+                           f"{argv[0]}.")
+    for flag in outputs:  # an unwritable place shows before the expensive work
+        try:
+            if getattr(args, flag):
+                made = not os.path.exists(getattr(args, flag))
+                open(getattr(args, flag), "a").close()
+                if made:  # a run that ends early leaves no empty file
+                    os.remove(getattr(args, flag))
+        except OSError as e:
+            raise BadInput(f"--{flag}: cannot write {e.filename} ({e.strerror}); name another.") from None
+    return argv[0], args
+
+
+MOST = 1e12
+LIMITS = {  # flag: smallest and largest value, in every script that has it
+    **dict.fromkeys(("lr", "critic_lr", "warmup_steps", "critic_warmup", "max_grad_norm", "eval_every",
+                     "sample_every", "save_every", "eval_pairs", "eval_prompts", "seed", "split_seed", "k",
+                     "lora_r", "kl_coef", "kl_target", "early_stop_kl", "temperature"), (0, MOST)),
+    "label_smoothing": (0, 0.5),
+    **dict.fromkeys(("epochs", "lora_alpha", "max_length", "max_prompt_length", "response_length", "keep",
+                     "kl_horizon", "tau_question_tokens", "tau_answer_tokens", "pairs", "prompts", "examples",
+                     "reference_rows", "micro_batch"), (1, MOST)),
+    **dict.fromkeys(("gamma", "lam", "gae_lam", "tau_warmup", "lora_dropout"), (0, 1)),
+    **dict.fromkeys(("cliprange", "cliprange_value", "beta"), (1e-6, MOST)),
+    **dict.fromkeys(("missing_eos_penalty", "score_min", "score_max"), (-MOST, MOST)),
+    "max_steps": (-1, MOST)}
+
+
+def load_plug(spec, flag):
+    """`module:function` -> the function: how values, rewards or a truth of your own come in."""
+    sys.path.insert(0, os.getcwd())  # the module may lie where the command is typed
+    try:
+        found = pkgutil.resolve_name(spec)
+        if not callable(found):
+            raise TypeError("it is no function")
+        return found
+    except Exception as e:  # whatever a foreign module does while it is imported
+        raise BadInput(f"{flag} {spec}: {one_line(e)}; expected module:function.") from None
+    finally:
+        sys.path.pop(0)

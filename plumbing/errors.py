@@ -1,0 +1,46 @@
+"""Errors are for people: one sentence that names the file, row or flag, and what to do."""
+
+import contextlib
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class BadInput(SystemExit):
+    """One sentence for the person at the terminal: Python prints it to stderr and exits with status 1."""
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextlib.contextmanager
+def loading(path, flag):
+    """What fails while a foreign folder or hub id is loaded ends in one sentence."""
+    try:
+        yield
+    except Exception as e:  # any of a dozen classes of four libraries
+        text = str(e).lower()
+        if Path(path).exists():
+            why = one_line(e)
+        elif "gated" in text or "401" in text or "403" in text:
+            why = "the repository is gated: accept its licence on huggingface.co and run `hf auth login`"
+        else:
+            why = "no such folder here, and the hub could not be reached or has no such model"
+        raise BadInput(f"{flag} {path}: cannot load it ({why}).") from None
+
+
+@contextlib.contextmanager
+def writing(path):
+    """What cannot be written (a full disk, a lost mount) ends in one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have classes of their own
+        if LOST_RANK.search(str(e)):
+            raise
+        raise BadInput(f"{path}: could not be written ({one_line(e)}): make room there; the last complete "
+                       f"checkpoint and model are kept, --resume True goes on.") from None
+
+
+LOST_RANK = re.compile(r"Connection (closed|reset) by peer")  # what a collective says that lost its partner

@@ -1,0 +1,193 @@
+"""The same numbers with less memory: log-probs without [B, T, V] logits, several models on one copy of the
+weights, and a prefix of all rows that is read once. tests/test_lean.py holds each to its plain form.
+"""
+
+import copy
+import functools
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from transformers.modeling_outputs import TokenClassifierOutput
+
+from common import disable_dropout, load_policy, lora_config, train_only
+from plumbing.checks import reward_scale
+from plumbing.deepspeed_config import adamw, dtype_of
+from plumbing.rl import load_reward
+
+
+def response_logprobs(lm, states, actions, mask, temperature, chunks, **inputs):
+    """log pi(a_t | s_t) of response tokens, and the entropy of pi(. | s_t). By definition:
+
+        logits  = lm(**inputs).logits[:, states].float() / temperature                  [B, R, V]
+        logp    = log_softmax(logits, -1)                                               [B, R, V]
+        returns   gather(logp, actions) * mask,  -sum(exp(logp) * logp) * mask          [B, R] float32 each
+
+    states: slice of the R columns whose hidden states predict the actions;  actions: [B, R];  mask: [B, R] bool
+    The entropy is None while gradients are recorded: nothing asks for it there.
+
+    Here logits are computed for response tokens only, in `chunks` parts, and recomputed in the backward pass:
+    with a vocabulary of 128 thousand, all logits together would be the largest tensor of a step. The caller
+    chooses `chunks`, because under ZeRO-3 every rank must gather the LM head equally often.
+    """
+    config = lm.config.get_text_config()
+    # What Cohere, Granite and Gemma 2 do to their logits
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logprobs(hidden, actions):
+        """[N, H], [N] -> [N], [N] or None"""
+        logits = lm.get_output_embeddings()(hidden).float() * scale
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        logp = torch.log_softmax(logits / temperature, dim=-1)                           # [N, V]
+        entropy = None if torch.is_grad_enabled() else -(logp.exp() * logp).sum(-1)
+        return logp.gather(-1, actions[:, None])[:, 0], entropy
+
+    def in_rows(parts):
+        """N numbers in parts -> [B, R]"""
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(parts))
+
+    hidden = lm.base_model(**inputs).last_hidden_state[:, states][mask]                  # [N, H]
+    parts = zip(hidden.tensor_split(chunks), actions[mask].tensor_split(chunks))
+    if torch.is_grad_enabled():
+        return in_rows([checkpoint(logprobs, *part, use_reentrant=False)[0] for part in parts]), None
+    logp, entropy = zip(*[logprobs(*part) for part in parts])
+    return in_rows(logp), in_rows(entropy)
+
+
+class LogProbs(torch.nn.Module):
+    """A causal LM that answers with the log-probs of response tokens, see response_logprobs; asked without
+    `states` it answers with logits, as it always did: functions of your own (--truth_fn) may want them."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm, self.config = lm, lm.config
+
+    def forward(self, **inputs):
+        return response_logprobs(self.lm, **inputs) if "states" in inputs else self.lm(**inputs)
+
+    def generate(self, *args, **kwargs):
+        return self.lm.generate(*args, **kwargs)
+
+
+class OneBase(torch.nn.Module):
+    """Several models that are LoRA adapters and heads on the same frozen weights, in one copy of these.
+
+    model(role="reference", ...)  no adapter, LM head: log-probs, see response_logprobs
+    model(role="policy", ...)     its own adapter, LM head: log-probs; only with `lora`
+    model(role="gvm", ...)        the GVM's adapter and head, [B, T, 1]; only with `gvm`
+    model(role="reward", ...)     a reward model's adapter and head, read at the last position, [B, 1]; only
+                                  with `reward`, which takes `lora`. Standardized: (score - center) / scale
+    model(role="critic", ...)     the same at every position, [B, T, 1]
+
+    The roles that can be trained have their name in that of their parameters: ".policy.", ".critic.".
+    A role stays on until the next one: with gradient checkpointing backward runs its forward pass again.
+
+    lm: causal LM;  gvm: what load_gvm(..., lm=lm) returned;  lora: peft config of the policy's adapter
+    reward: (folder of a LoRA reward model on the same weights, center, scale)
+    """
+
+    def __init__(self, lm, gvm=None, lora=None, reward=None):
+        super().__init__()
+        from peft import PeftModel, get_peft_model
+        from peft.tuners.lora import LoraLayer
+        self.adapters, self.heads = lm, torch.nn.ModuleDict()
+        if gvm is not None:
+            self.adapters, self.lm_head = gvm, lm.get_output_embeddings()
+            if lora is not None:  # the base class's way: a token classifier would add a second value head
+                PeftModel.add_adapter(gvm, "policy", lora, autocast_adapter_dtype=False)
+        elif lora is not None:
+            self.adapters = get_peft_model(lm, lora, "policy", autocast_adapter_dtype=False)
+        for role in ("reward", "critic") if reward else ():
+            folder, center, scale = reward
+            self.adapters.load_adapter(folder, role, autocast_adapter_dtype=False)
+            self.heads[role] = standardized_head(folder, center, scale, lm)
+        # Not registered: its parts are, each on one path, because DeepSpeed hooks a module once a path
+        object.__setattr__(self, "lm", lm)
+        disable_dropout(lm)  # a reward model's adapter brings the one of its training
+        self.config, self.lora = lm.config, [m for m in self.adapters.modules() if isinstance(m, LoraLayer)]
+
+    def use(self, role):
+        for layer in self.lora:  # peft's own switches would also change what is trained
+            layer._disable_adapters = role == "reference"
+            layer._active_adapter = ["default" if role == "gvm" else role]  # peft's name of a folder's adapter
+
+    def forward(self, role="policy", **inputs):
+        self.use(role)
+        if role in ("policy", "reference"):
+            return response_logprobs(self.lm, **inputs) if "states" in inputs else self.lm(**inputs)
+        if role == "gvm":
+            return self.adapters(**inputs)
+        hidden = self.lm.base_model(**inputs).last_hidden_state
+        return TokenClassifierOutput(logits=self.heads[role](hidden[:, -1] if role == "reward" else hidden))
+
+    def generate(self, *args, **kwargs):
+        self.use("policy")
+        return self.lm.generate(*args, **kwargs)
+
+
+def share_models(sft, rm, critic_folder, config, run):
+    """PPO's (policy, reference, critic, reward) as adapters and heads on one copy of the SFT weights, under one
+    engine and one optimizer for policy and critic, see train_ppo.load_models."""
+    import deepspeed
+    args = run.args
+    policy = load_policy(sft, run.tokenizer, dtype_of(config), "--sft_model")
+    if args.gradient_checkpointing:
+        policy.activation_checkpointing_enable({"use_reentrant": False})
+    policy = OneBase(policy, lora=lora_config(policy, "CAUSAL_LM", args), reward=(rm, *reward_scale(rm)))
+    groups = zip(train_only(policy, ".policy.", ".critic."), (args.lr, args.critic_lr))
+    optimizer = adamw(groups, config, args.max_grad_norm)
+    policy, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
+    reference, critic, reward = (functools.partial(policy, role=role)
+                                 for role in ("reference", "critic", "reward"))
+    return policy, reference, critic, load_reward(rm, config, run, reward)
+
+
+def standardized_head(folder, center, scale, lm):
+    """Linear(h, 1) that gives (score - center) / scale, from the head in a reward model's adapter folder."""
+    weight, = (w for name, w in load_file(Path(folder) / "adapter_model.safetensors").items()
+               if name.endswith("score.weight"))
+    head = torch.nn.Linear(weight.shape[1], 1, device=lm.device, dtype=lm.dtype)
+    with torch.no_grad():
+        head.weight.copy_(weight / scale)
+        head.bias.fill_(-center / scale)
+    return head
+
+
+class SharedPrefix:
+    """A model on prompts that begin alike, as with tau in front of each: the tokens in front are read once.
+
+    rest: what is left of each prompt, at least its last token
+    prefix(batch) -> logits at the columns of a batch of `rest` and responses, as if it began with the prefix
+    """
+
+    def __init__(self, model, prompts, share, device):
+        """share: False where no prefix is worth it"""
+        n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+        # Sliding-window attention would count the padding between the prefix and a row's own tokens
+        n = n if share and not getattr(model_config(model), "sliding_window", None) else 0
+        self.model, self.rest, self.cache = model, [ids[n:] for ids in prompts], None
+        if n:
+            self.cache = DynamicCache()
+            model(input_ids=torch.tensor([prompts[0][:n]], device=device), past_key_values=self.cache,
+                  use_cache=True)
+
+    def __call__(self, batch):
+        attention, positions, cache = batch.attention, batch.positions, None
+        if self.cache is not None:
+            cache = copy.deepcopy(self.cache)  # a forward pass appends to it
+            cache.batch_repeat_interleave(len(batch.ids))
+            n = self.cache.get_seq_length()
+            attention = torch.cat([attention.new_ones(len(attention), n), attention], dim=1)
+            positions = positions + n
+        return self.model(input_ids=batch.ids, attention_mask=attention, position_ids=positions,
+                          past_key_values=cache, use_cache=cache is not None).logits
+
+
+def model_config(model):
+    """The text config behind a model, an engine, or a role of OneBase (a functools.partial)."""
+    model = getattr(model, "func", model)
+    return getattr(model, "module", model).config.get_text_config()

@@ -1,0 +1,200 @@
+"""What train_dvpo.py, train_ppo.py and train_remax.py share and what is not their method: the reward model or function, the self-check, samples, and the metrics that all of them log."""
+
+import json
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForTokenClassification
+
+from common import (disable_dropout, freeze, load_gvm, load_reward_model, load_tokenizer, load_value_base,
+                    reward_scores, row_seed, value_head)
+from plumbing.args import load_plug
+from plumbing.checks import check_finite, pretrained, tokenizer_fingerprint
+from plumbing.deepspeed_config import dtype_of
+from plumbing.errors import BadInput, writing
+from plumbing.folders import base_of
+from plumbing.ranks import all_sum, gather_rows, print0
+
+
+# ---- functions of your own, and the reward model -----------------------------------------------------------
+
+def load_truth(args):
+    """--truth_fn as a function (rows, policy, run) -> mean over all ranks; None without."""
+    plug = load_plug(args.truth_fn, "--truth_fn") if args.truth_fn else None
+
+    def truth(rows, policy, run):
+        total, count = all_sum(sum(plug(rows, policy, run.tokenizer)), len(rows), device=run.device)
+        return total / count
+    return truth if plug else None
+
+
+def load_value_fn(policy, run):
+    """--value_fn as a function (rows, tau) -> 1 + R numbers for each row's answer of R tokens."""
+    plug = load_plug(run.args.value_fn, "--value_fn")
+
+    def values(rows, tau):
+        found = list(plug(rows, policy, run.tokenizer))
+        if [len(values) for values in found] != [1 + len(row["response_ids"]) for row in rows]:
+            raise BadInput(f"--value_fn {run.args.value_fn}: it must return, for each row, one value more than "
+                           f"the response has tokens.")
+        return found
+    return values
+
+
+def load_reward(rm, config, run, model=None):
+    """The reward of answers, as a function (rows, policy) -> [B] float32: --reward_fn, or the frozen reward
+    model's score, standardized, (score - center) / scale.
+
+    model: in place of the one in the folder rm, and standardized already
+    """
+    if run.args.reward_fn:
+        plug = load_plug(run.args.reward_fn, "--reward_fn")
+        score = lambda rows, policy: [float(x) for x in plug(rows, policy, run.tokenizer)]
+    else:
+        if model is None:
+            model, *of_its_own = load_reward_model(rm, dtype_of(config))  # tokenizer, center, scale
+            model = freeze(model, config, run.device)
+        else:
+            of_its_own = load_tokenizer(rm, "--reward_model"), 0.0, 1.0
+        score = lambda rows, policy: model_scores((model, *of_its_own), rows, run)
+
+    def reward(rows, policy):
+        found = score(rows, policy)
+        if len(found) != len(rows):
+            raise BadInput(f"--reward_fn returned {len(found)} rewards for {len(rows)} rows: it must return "
+                           f"one for each.")
+        return torch.tensor(found, device=run.device)
+    return reward
+
+
+def model_scores(reward_model, rows, run):
+    """Standardized score of each row's answer, a list of floats.
+
+    reward_model: what load_reward_model returns. One with the policy's vocabulary and EOS reads the sampled
+    ids. Another one reads the text in its own tokens, with an EOS where the answer ended.
+    """
+    model, tokenizer, center, scale = reward_model
+    if (tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(run.tokenizer)
+            and tokenizer.eos_token_id == run.tokenizer.eos_token_id):
+        answers = [row["response_ids"] for row in rows]
+    else:
+        answers = [tokenizer(row["response"], add_special_tokens=False).input_ids
+                   + [tokenizer.eos_token_id] * (not row["truncated"]) for row in rows]
+    scores = reward_scores(model, tokenizer, [(row["prompt"], ids) for row, ids in zip(rows, answers)],
+                           run.device, run.args.micro_batch)
+    return [(x - center) / scale for x in scores]
+
+
+def load_critic(folder, dtype):
+    """V(s) on every token, from a reward model, a GVM or an SFT model (which gets a new head); adapters are
+    merged, the head of a reward model is put on the scale of the standardized scores."""
+    if (Path(folder) / "gvm.json").exists():
+        return load_gvm(folder, dtype, "--critic_model")[0].merge_and_unload().requires_grad_(True)
+    if base_of(folder) == folder and "SequenceClassification" not in str(
+            pretrained(AutoConfig, folder, "--critic_model").architectures):
+        return load_value_base(folder, dtype, "--critic_model")
+    model, _, center, scale = load_reward_model(folder, dtype, "--critic_model")
+    model = model.merge_and_unload() if hasattr(model, "peft_config") else model
+    model.config.pad_token_id = None  # not the -1: an embedding's padding row would never be trained
+    critic = disable_dropout(AutoModelForTokenClassification.from_config(model.config, dtype=dtype))
+    critic.base_model.load_state_dict(model.base_model.state_dict())
+    head = value_head(critic)
+    with torch.no_grad():  # V = (score - center) / scale
+        head.weight.copy_(value_head(model).weight / scale)
+        head.bias.fill_(-center / scale)
+    return critic
+
+
+# ---- what is checked and shown -----------------------------------------------------------------------------
+
+def check_scores_finite(step, rows, *scores):
+    """End the run where a log-prob, value or reward of an answer is not finite; scores: [B, ...] each."""
+    total = sum(score.reshape(len(rows), -1).sum(1) for score in scores)  # [B]
+    check_finite(all_sum(total.sum(), device=total.device)[0], step, "a log-prob, a value or a score",
+                 [repr(row["prompt"][-1]["content"][:80])
+                  for row, x in zip(rows, total) if not x.isfinite()])
+
+
+def self_check(row, batch, kl, first_ratio, tokenizer):
+    """Printed once, at step 0: what must hold before the first update, on the first row of rank 0."""
+    ids = row["prompt_ids"]
+    bos = (ids.count(tokenizer.bos_token_id)
+           if tokenizer.bos_token_id not in (None, tokenizer.eos_token_id) else "no")
+    trained = tokenizer.decode(batch.ids[0, batch.P:][batch.mask[0]])
+    print0(f"self-check: max |ratio - 1| {first_ratio:.1e} (0) | KL {kl:.1e} (0) | {bos} BOS (1, or no where "
+           f"the tokenizer has none)\n"
+           f"self-check: prompt  {tokenizer.decode(ids)!r}\nself-check: trained {trained!r}")
+
+
+def warn(metrics):
+    if metrics["objective/kl"] < -1:
+        print0("warning: KL below -1: the samples do not come from the policy that is trained "
+               "(temperature, truncation?)")
+    if metrics.get("policy/clipfrac_avg", 0.0) > 0.3:
+        print0("warning: more than 30 % of the tokens are clipped: lower --lr or --ppo_epochs")
+    if metrics["completions/clipped_ratio"] > 0.5:
+        print0("warning: most answers are truncated: raise --response_length")
+
+
+def show_samples(step, rows, numbers, out, run):
+    """The first two answers of rank 0 every --sample_every steps, in samples.jsonl and as lines.
+
+    numbers: a dict for each row; `values` in it are shown between the tokens, the rest behind the answer
+    """
+    if run.rank or not run.args.sample_every or step % run.args.sample_every:
+        return
+    path = Path(out) / "samples.jsonl"
+    with writing(path), open(path, "w" if step == 0 else "a", encoding="utf-8") as f:
+        for row, own in zip(rows[:2], numbers):
+            tokens = [run.tokenizer.decode([i]) for i in row["response_ids"]]
+            f.write(json.dumps({"step": step, "prompt": row["prompt"], "response": row["response"],
+                                "tokens": tokens, **own}, ensure_ascii=False) + "\n")
+            values = [f"[{v:+.2f}]" for v in own.get("values", [])]
+            words = [x for pair in zip_longest(values, map(str.strip, tokens), fillvalue="") for x in pair if x]
+            rest = "".join(f"  {name} {x:+.2f}" if isinstance(x, float) else f"  {name} {x[:100]!r}"
+                           for name, x in own.items() if name != "values")
+            print0(f"  {row['prompt'][-1]['content'][:100]!r}  {' '.join(words[:80])}{rest}")
+
+
+# ---- metrics -----------------------------------------------------------------------------------------------
+
+def rollout_metrics(rows, batch, kl, entropy, beta, raw_mean, raw_std, **own):
+    """What all three log of a rollout batch, averaged over all ranks; objective/kl is the sum over a response's
+    tokens, averaged over responses (as TRL). README and docs/metrics.md say what each is.
+
+    kl, entropy: [B, R];  own: numbers of this rank that the script wants summed as well
+    returns (metrics, {name: sum over all ranks}, the number of `answers` and `tokens` among them)
+    """
+    mask = batch.mask
+    sums = {"answers": len(rows), "tokens": mask.sum(), "kl": (kl * mask).sum(),
+            "entropy": (entropy * mask).sum(), "truncated": sum(row["truncated"] for row in rows), **own}
+    sums = dict(zip(sums, all_sum(*sums.values(), device=mask.device)))
+    n, tokens = sums["answers"], sums["tokens"]
+    return {"objective/kl": sums["kl"] / n, "objective/kl_coef": beta, "objective/entropy": sums["entropy"] / n,
+            "objective/non_score_reward": -beta * sums["kl"] / n, "policy/entropy_avg": sums["entropy"] / tokens,
+            "completions/mean_length": tokens / n,
+            "completions/max_length": max(gather_rows([int(mask.sum(1).max())])),
+            "completions/clipped_ratio": sums["truncated"] / n, "val/num_eos_tokens": n - sums["truncated"],
+            "advantages/mean": raw_mean, "advantages/std": raw_std}, sums
+
+
+def score_metrics(sums, beta):
+    """Of a reward model's scores; sums: what rollout_metrics returned, with `scores` and `scores_square`."""
+    n, x = sums["answers"], sums["scores"] / sums["answers"]
+    return {"objective/scores": x, "objective/scores_std": max(sums["scores_square"] / n - x ** 2, 0.0) ** 0.5,
+            "objective/rlhf_reward": x - beta * sums["kl"] / n}
+
+
+def held_out_rows(test, run):
+    """(this rank's held-out prompts, the seeds of their answers: the same noise every time)"""
+    places = range(run.rank, len(test), run.world)
+    return [test[p] for p in places], [row_seed(run.args.seed, -1000 - p) for p in places]
+
+
+def held_out_metrics(rows, batch, kl, truth, policy, run, **own):
+    """KL, length, true reward and `own` numbers of this rank, averaged over the held-out answers of all ranks."""
+    sums = {"kl": (kl * batch.mask).sum(), "mean_length": batch.mask.sum(), **own}
+    n, *sums_of_all = all_sum(len(rows), *sums.values(), device=run.device)
+    result = {f"eval/{name}": x / n for name, x in zip(sums, sums_of_all)}
+    return {**result, **({"eval/true_reward": truth(rows, policy, run)} if truth else {})}

@@ -1,0 +1,142 @@
+"""From records (data.py) to the rows that a stage trains on: which fit, which are held out, what was dropped."""
+
+from collections import Counter
+
+import numpy as np
+
+from common import answer_ids, chat_ids, load_reward_model, reward_scores
+from plumbing.data import (all_pairs, has_policy_names, preference_pair, prompt_text, read_data, report_drops,
+                           split_of)
+from plumbing.errors import BadInput
+from plumbing.ranks import print0
+
+
+def responses_that_fit(record, tokenizer, max_length):
+    """(prompt ids, those of the record's responses that fit into max_length tokens behind it).
+
+    Each response gets its token ids as `response_ids`, so that nothing is tokenized a second time.
+    """
+    prompt_ids = chat_ids(tokenizer, record["prompt"])
+    for response in record["responses"]:
+        response["response_ids"] = answer_ids(tokenizer, response["text"])
+    return prompt_ids, [response for response in record["responses"]
+                        if len(prompt_ids) + len(response["response_ids"]) <= max_length]
+
+
+def preference_rows(tokenizer, args):
+    """(train, held-out) lists of pairs of --data: (prompt ids, chosen ids, rejected ids)."""
+    train, test, kept, dropped = [], [], 0, Counter()
+    for record in read_data(args.data, args.allow_dropped, log=print0):
+        share = split_of(prompt_text(record["prompt"]), args.split_seed)
+        if share not in ("value", "test"):
+            continue
+        prompt_ids, fitting = responses_that_fit(record, tokenizer, args.max_length)
+        pair = preference_pair(record, args.split_seed, fitting)
+        if pair:
+            kept += 1
+            (train if share == "value" else test).extend(
+                (prompt_ids, chosen["response_ids"], rejected["response_ids"])
+                for chosen, rejected in (all_pairs(record, fitting) if args.pairs == "all" else [pair]))
+        elif len(fitting) < 2:
+            dropped[f"no two responses within --max_length {args.max_length} with the prompt"] += 1
+        else:
+            dropped["no pair of unequal scores"] += 1
+    report_kept(train, kept, dropped, args, "pair", "value")
+    return train, test[:args.eval_pairs]
+
+
+def trajectories(tokenizer, args):
+    """Scored responses of --data as trajectories, and the held-out preference pairs.
+
+    returns (train, pairs): train is a list of dicts (prompt, group, policy, text, reward, prompt_ids,
+    response_ids); pairs is a list of (good, bad), two such dicts each, of held-out prompts.
+    """
+    train, pairs, dropped, kept = [], [], Counter(), 0
+    records = read_data(args.data, args.allow_dropped, log=print0)
+    if args.k > 0 and not has_policy_names(records):
+        raise BadInput(f"--data {args.data}: its responses carry no policy name (`model`), so tau cannot be "
+                       f"drawn: use --k 0.")
+    for record in records:
+        share = split_of(prompt_text(record["prompt"]), args.split_seed)
+        if share not in ("value", "test"):
+            continue
+        prompt_ids, fitting = responses_that_fit(record, tokenizer, args.max_length)
+        dropped[f"prompt + response over --max_length {args.max_length}"] += (len(record["responses"])
+                                                                              - len(fitting))
+        pair = preference_pair(record, args.split_seed, fitting)
+        if share == "value" and args.reward == "score":
+            chosen = [(response, score_reward(response, record, args)) for response in fitting]
+        elif share == "value" and args.reward == "model":
+            chosen = [(response, 0.0) for response in fitting]  # filled in by model_rewards
+        elif pair:
+            chosen = [(pair[0], 1.0), (pair[1], -1.0)]
+        else:
+            dropped["no pair of unequal scores"] += len(fitting)
+            continue
+        rows = [{"prompt": record["prompt"], "group": record["group"], "policy": response["policy"],
+                 "reward": reward, "text": response["text"], "prompt_ids": prompt_ids,
+                 "response_ids": response["response_ids"]} for response, reward in chosen]
+        kept += len(rows)
+        if share == "value":
+            train += rows
+        else:
+            pairs.append(tuple(rows))
+    report_kept(train, kept, dropped, args, "trajectory", "value")
+    return train, pairs[:args.eval_pairs]
+
+
+def score_reward(response, record, args):
+    """The data's score mapped linearly from [score_min, score_max] to [-1, 1]."""
+    if response["score"] is None:
+        raise BadInput(f"{record['where']}: no score, but --reward score needs one; use --reward preference.")
+    if not args.score_min <= response["score"] <= args.score_max:
+        raise BadInput(f"{record['where']}: score {response['score']:g} lies outside --score_min "
+                       f"{args.score_min:g} and --score_max {args.score_max:g}, which become -1 and +1: "
+                       f"set them to the data's range.")
+    return (2 * response["score"] - args.score_min - args.score_max) / (args.score_max - args.score_min)
+
+
+def reward_map(train, args, dtype, device):
+    """How scores became rewards, for gvm.json. With --reward model the rewards are filled in here: (score - mean)
+    / (2 standard deviations), about [-1, 1]."""
+    if args.reward == "preference":
+        return {"kind": "preference"}
+    if args.reward == "score":
+        return {"kind": "score", "center": (args.score_max + args.score_min) / 2,
+                "scale": (args.score_max - args.score_min) / 2}
+    chats = [(row["prompt"], row["text"]) for row in train]
+    model, tokenizer, *_ = load_reward_model(args.reward_model, dtype)
+    scores = np.array(reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch))
+    center, scale = float(scores.mean()), float(2 * scores.std() + 1e-8)
+    for row, score in zip(train, scores):
+        row["reward"] = float((score - center) / scale)
+    return {"kind": "model", "reward_model": args.reward_model, "center": center, "scale": scale}
+
+
+def rl_prompts(tokenizer, args, world):
+    """(train, held-out) lists of prompt rows of --data: dicts (prompt, group, prompt_ids), each prompt once.
+    Held out are --eval_prompts of them, or fewer: equally many for each rank."""
+    train, test, seen, dropped = [], [], set(), Counter()
+    for record in read_data(args.data, args.allow_dropped, log=print0):
+        text = prompt_text(record["prompt"])
+        share = split_of(text, args.split_seed)
+        if share not in ("rl", "test") or text in seen:
+            continue
+        seen.add(text)
+        row = {"prompt": record["prompt"], "group": record["group"],
+               "prompt_ids": chat_ids(tokenizer, record["prompt"])}
+        if len(row["prompt_ids"]) > args.max_prompt_length:
+            dropped[f"prompt over --max_prompt_length {args.max_prompt_length}"] += 1
+        else:
+            (train if share == "rl" else test).append(row)
+    report_kept(train, len(train) + len(test), dropped, args, "prompt", "RL")
+    return train, test[:min(args.eval_prompts, len(test)) // world * world]
+
+
+def report_kept(train, kept, dropped, args, what, share):
+    """Say what was dropped; BadInput where it is too much or where nothing is left to train on."""
+    if kept or dropped:
+        report_drops(+dropped, kept + dropped.total(), args.data, args.allow_dropped, log=print0)
+    if not train:
+        raise BadInput(f"--data {args.data}: no {what} is left to train on; its prompts are too few for the "
+                       f"{share} share.")
