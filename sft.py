@@ -161,7 +161,7 @@ def main(args):
     seed_everything(args.seed)
     base = (args.base_model, "--base_model") if args.base_model else (args.model, "--model")
     base, tokenizer, config, _ = stage_inputs(args, world, base)
-    out = output_folder(args, "sft")
+    out = output_folder(args)
     train, test = sft_rows(tokenizer, args)
     checkpoints = Checkpoints(out, args, (train, test), models=[base])
 
@@ -203,7 +203,6 @@ def main(args):
         checkpoints.after(step, steps)
     save_model(engine, tokenizer, out, base=base if args.lora_r else None)
     checkpoints.finish()
-    print0(f"sft: saved to {out}")
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def main(args):
     rank, world, device = init_distributed()
     seed_everything(args.seed)
     sft, tokenizer, config, _ = stage_inputs(args, world)
-    out = output_folder(args, "dpo")
+    out = output_folder(args)
     train, test = preference_rows(tokenizer, args)
     checkpoints = Checkpoints(out, args, (train, test), models=[sft])
     engine = load_model(sft, tokenizer, config, args)
@@ -259,7 +259,6 @@ def main(args):
         checkpoints.after(step, steps)
     save_model(engine, tokenizer, out, base=sft if args.lora_r else None)
     checkpoints.finish()
-    print0(f"train_dpo: saved to {out}")
 
 
 if __name__ == "__main__":

@@ -12,20 +12,20 @@ Why no terminal score: Q already estimates the return of every token, the reward
 Why no critic: tau, K recent questions and answers of the policy, tells the one frozen GVM whom it is valuing.
 
 Departures from the paper:
-D1  The KL penalty is inside N, so that beta is in units of reward (of the GVM's). N divides by sigma: relative to
-    the unit-variance advantage, KL weighs beta / sigma (sigma is logged as advantages/std).
+D1  The KL penalty is inside N, so that beta is in units of the GVM's reward. As N divides by sigma (logged as
+    advantages/std), KL weighs beta / sigma in the advantage.
 D2  tau is drawn anew each step from the policy's previous rollouts: one draw for all rows and ranks.
 D3  --advantage gae is the default: on the same GVM it ended above the paper's q in every seed, at no more KL
     (results/README.md, a).
-D4  Two KLs. KL(policy, reference) is steered by beta to --kl_target. The paper's "target KL 0.1" is read as the
-    early stop on KL(pi_old, pi) per token (--early_stop_kl).
+D4  Two KLs. KL(policy, reference) is steered by beta to --kl_target. The paper's "target KL 0.1" is read as
+    the early stop on KL(pi_old, pi) per token (--early_stop_kl).
 
     python train_dvpo.py                                              the toy, on one CPU rank
     deepspeed train_dvpo.py --model meta-llama/Meta-Llama-3-8B        openbmb/UltraFeedback, ZeRO-3, bf16
 
 reads   prompts of the RL share (20 %), the SFT model (policy and reference), the GVM
-writes  runs/<model name>/dvpo: the policy, tokenizer, args.json, metrics.jsonl, samples.jsonl; a killed run loses
-        the steps since its last checkpoint, and --resume True continues it exactly (plumbing/checkpoint.py)
+writes  runs/<model name>/dvpo: the policy, tokenizer, args.json, metrics.jsonl, samples.jsonl; a killed run
+        loses the steps since its last checkpoint; --resume True continues it exactly (plumbing/checkpoint.py)
 
 Legend: B rows, P prompt columns (left padded), R response columns (right padded), T = P + R, V vocabulary.
 """
@@ -38,7 +38,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import (Run, batch_normalize, chat_ids, collate, cut_pair, epoch_rows, freeze, generate, keyed_rng,
+from common import (Run, batch_normalize, chat_ids, collate, epoch_rows, freeze, generate, keyed_rng,
                     load_gvm, load_policy, lora_config, micro_batches, row_seed, train_only)
 from plumbing.args import parse_args
 from plumbing.checkpoint import Checkpoints
@@ -48,9 +48,9 @@ from plumbing.folders import output_folder
 from plumbing.inputs import gvm_inputs, rl_inputs
 from plumbing.lean import LogProbs, OneBase, SharedPrefix
 from plumbing.log import Clock, MetricLog, due
-from plumbing.ranks import all_sum, gather_rows, init_distributed, peak_memory_gb, print0, seed_everything
-from plumbing.rl import (check_scores_finite, held_out_metrics, held_out_rows, load_truth, load_value_fn,
-                         rollout_metrics, self_check, show_samples, warn)
+from plumbing.ranks import all_sum, gather_rows, init_distributed, peak_memory_gb, seed_everything
+from plumbing.rl import (check_scores_finite, fit_tau, held_out_metrics, held_out_rows, load_truth,
+                         load_value_fn, rollout_metrics, self_check, show_samples, SHOWN, warn)
 from plumbing.rows import rl_prompts
 from plumbing.saving import save_model
 
@@ -99,7 +99,7 @@ class Args:
     save_every: int = 100  # write a checkpoint this often [steps]; 0: only when the run is told to end
     keep: int = 2  # how many checkpoints to keep
     sample_every: int = 20  # print two answers with their token values this often [steps]
-    eval_every: int = 50  # evaluate KL, length, value and true reward on held-out prompts this often [steps]
+    eval_every: int = 50  # evaluate on held-out prompts (KL, length, value, true reward) this often [steps]
     eval_prompts: int = 64  # how many held-out prompts
     track: bool = False  # log to Weights & Biases, too
     seed: int = 1  # prompt order, sampling, tau
@@ -142,7 +142,7 @@ def policy_loss(logp, old_logp, advantage, mask, cliprange):
 
     logp, old_logp, advantage: [B, R] float32;  mask: [B, R] bool
     returns (loss, stats); stats = sums over tokens of 1/2 log_ratio^2 (an estimate of KL(pi_old, pi)), of
-    clipped tokens, of the ratio and of its square. Log-ratios are clamped to +-20 so that exp cannot overflow.
+    clipped tokens, of the ratio and of its square. Log-ratios are clamped to +-20: exp cannot overflow.
     """
     log_ratio = ((logp - old_logp) * mask).clamp(-20, 20)
     ratio = log_ratio.exp()
@@ -172,12 +172,13 @@ def next_kl_coef(beta, kl, target, horizon, episodes):
 # mask                    1   1   1   1   0        EOS is an action and is trained; nothing after it is
 
 def response_logprobs(model, batch, run):
-    """(log pi(a_t | s_t), entropy), [B, R] float32 each, at the sampler's temperature. The logits in columns
-    P-1 .. T-2 are made of about 1,024 tokens at a time (plumbing.lean.response_logprobs has the plain form)."""
+    """(log pi(a_t | s_t), entropy), [B, R] float32 each, at the sampler's temperature. The logits in
+    columns P-1 .. T-2 are made for about 1,024 tokens at a time; lean.response_logprobs has the plain form."""
     P, T = batch.P, batch.ids.shape[1]
     return model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
                  states=slice(P - 1, T - 1), actions=batch.ids[:, P:T], mask=batch.mask, use_cache=False,
-                 temperature=run.args.temperature, chunks=-(-len(batch.ids) * run.args.response_length // 1024))
+                 temperature=run.args.temperature,
+                 chunks=-(-len(batch.ids) * run.args.response_length // 1024))
 
 
 def rollout(policy, rows, seeds, run):
@@ -199,26 +200,14 @@ def draw_tau(previous, groups, k, rng):
     return order[:k]
 
 
-def fit_tau(pairs, rows, settings, run):
-    """tau as texts cut to their token limits, without the first pairs where the longest row of all ranks would
-    not fit into the GVM's context behind them."""
-    pairs = [cut_pair(run.tokenizer, row["prompt"], row["response"], settings) for row in pairs]
-    for first in range(len(pairs) + 1):
-        longest = max(len(chat_ids(run.tokenizer, row["prompt"], pairs[first:])) + len(row["response_ids"])
-                      for row in rows)
-        if not pairs or max(gather_rows([longest])) <= settings["context"]:
-            break
-    return pairs[first:]
-
-
-Scored = namedtuple("Scored", "batch logp ref_logp values entropy")
+Scored = namedtuple("Scored", "batch entropy logp ref_logp values")
 
 
 @torch.no_grad()
 def score(models, rows, tau, run):
     """Old and reference log-probs and the GVM's values of a rollout batch, in micro batches.
 
-    returns Scored: batch, without tau; logp, ref_logp, entropy [B, R]; values [B, 1 + R]; float32, no gradient
+    returns Scored: batch, without tau; entropy, logp, ref_logp [B, R]; values [B, 1 + R]; no gradient
     """
     models.policy.eval()  # in train mode --gradient_checkpointing would drop the cache of tau's keys and values
     batch = collate([row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows],
@@ -228,23 +217,20 @@ def score(models, rows, tau, run):
         R = part.mask.shape[1]
         old[micro, :R], entropy[micro, :R] = response_logprobs(models.policy, part, run)
         ref[micro, :R], _ = response_logprobs(models.reference, part, run)
-    values = torch.zeros(len(rows), 1 + batch.mask.shape[1], device=run.device)
-    for i, v in enumerate(models.value(rows, tau)):
-        values[i, :len(v)] = torch.as_tensor(v, device=run.device)
-    return Scored(batch, old, ref, values, entropy)
+    return Scored(batch, entropy, old, ref, models.value(rows, tau))
 
 
 @torch.no_grad()
 def gvm_values(gvm, rows, tau, run):
-    """Q_0 .. Q_n of each row's n tokens by the frozen GVM, lists of floats. tau stands in front of every prompt;
-    it is the same for all rows, so that it is read once."""
-    prefix = SharedPrefix(gvm, [chat_ids(run.tokenizer, row["prompt"], tau) for row in rows], bool(tau), run.device)
-    batch = collate(prefix.rest, [row["response_ids"] for row in rows], run.tokenizer.pad_token_id, run.device)
-    values = [None] * len(rows)
+    """Q_0 .. Q_R of each row by the frozen GVM, [B, 1 + R] float32, 0 behind an answer's end. tau stands in
+    front of every prompt; it is the same for all rows, so that it is read once, and P does not count it."""
+    prompts = [chat_ids(run.tokenizer, row["prompt"], tau) for row in rows]
+    model = SharedPrefix(gvm, prompts, len(tau) > 0, run.device)
+    batch = collate(model.rest, [row["response_ids"] for row in rows], run.tokenizer.pad_token_id, run.device)
+    values = torch.zeros(len(rows), 1 + batch.mask.shape[1], device=run.device)
     for micro, part in micro_batches(batch, range(len(rows)), run.args.micro_batch):
-        q = prefix(part)[:, part.P - 1:, 0].float()                     # [B, 1 + R]
-        for i, q_i in zip(micro, q.tolist()):
-            values[i] = q_i[:1 + len(rows[i]["response_ids"])]
+        q = model(part)[:, part.P - 1:, 0].float()                      # [B, 1 + R]: columns P - 1 .. T - 1
+        values[micro, 0], values[micro, 1:q.shape[1]] = q[:, 0], q[:, 1:] * part.mask
     return values
 
 
@@ -252,16 +238,16 @@ def update(policy, scored, advantage, step, run):
     """--ppo_epochs passes of clipped policy gradient over a rollout batch, in optimizer batches of
     micro_batch x accum_steps rows a rank. advantage: [B, R]
 
-    returns (metrics averaged over the tokens of all updates, largest |ratio - 1| of the very first micro batch)
+    returns (metrics averaged over the tokens of all updates, largest |ratio - 1| of the first micro batch)
     """
     args, batch = run.args, scored.batch
-    totals, tokens, updates, grad_norm, first_ratio, stopped = torch.zeros(5), 0, 0, 0.0, None, False
+    totals, tokens, updates, grad_norm, first_ratio, stopped = 0, 0, 0, 0.0, None, False
     policy.train()
     for epoch in range(args.ppo_epochs):
         order = keyed_rng(args.seed, step, epoch, run.rank).permutation(len(batch.ids))
         for rows in np.split(order, len(order) // (args.micro_batch * args.accum_steps)):
             n, = all_sum(batch.mask[rows].sum(), device=run.device)  # response tokens of the optimizer batch
-            sums = torch.zeros(5)
+            sums = 0
             for micro, part in micro_batches(batch, rows, args.micro_batch):
                 R = part.mask.shape[1]
                 old_logp = scored.logp[micro, :R]
@@ -269,7 +255,7 @@ def update(policy, scored, advantage, step, run):
                 loss, stats = policy_loss(logp, old_logp, advantage[micro, :R], part.mask, args.cliprange)
                 # DeepSpeed averages gradients over ranks: a token mean is sum * ranks / tokens of all ranks
                 policy.backward(loss * run.world / n)
-                sums += torch.cat([stats, loss.detach()[None]]).cpu()
+                sums += torch.stack([*stats, loss.detach()]).cpu()
                 if first_ratio is None:
                     first_ratio = ((logp.detach() - old_logp) * part.mask).expm1().abs().max().item()
             sums = torch.tensor(all_sum(*sums.tolist(), device=run.device))
@@ -285,8 +271,9 @@ def update(policy, scored, advantage, step, run):
             break
     kl, clipped, ratio, ratio_square, loss = (totals / tokens).tolist()
     return {"policy/approxkl_avg": kl, "policy/clipfrac_avg": clipped, "val/ratio": ratio,
-            "val/ratio_var": ratio_square - ratio ** 2, "loss/policy_avg": loss, "policy/updates": updates,
-            "policy/early_stopped": float(stopped), "grad_norm": grad_norm / updates}, first_ratio
+            "val/ratio_var": ratio_square - ratio ** 2, "loss/policy_avg": loss,
+            "policy/updates": updates, "policy/early_stopped": float(stopped),
+            "grad_norm": grad_norm / updates}, first_ratio
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------
@@ -297,8 +284,8 @@ def last_values(scored):
 
 
 def metrics_of(rows, scored, kl, raw_mean, raw_std, beta):
-    """gvm/drift is the mean of Q_n - Q_0. E[Q_(t+1) | s_t, a_t] = Q_t for the values of the policy that sampled, so
-    it is 0 while the GVM knows whom it is valuing; it needs no truth."""
+    """gvm/drift is the mean of Q_n - Q_0. E[Q_(t+1) | s_t, a_t] = Q_t for the values of the policy that sampled:
+    it is 0 while the GVM knows whom it is valuing, and needs no truth."""
     q = scored.values[:, 1:] * scored.batch.mask
     metrics, sums = rollout_metrics(rows, scored.batch, kl, scored.entropy, beta, raw_mean, raw_std,
                                     q=q.sum(), q_square=(q ** 2).sum(),
@@ -310,7 +297,7 @@ def metrics_of(rows, scored, kl, raw_mean, raw_std, beta):
 
 @torch.no_grad()
 def held_out(models, truth, test, tau, settings, run):
-    """KL, length, value and true reward on held-out prompts, sampled with noise that is the same every time."""
+    """KL, length, value and true reward on held-out prompts, sampled with the same noise every time."""
     rows = rollout(models.policy, *held_out_rows(test, run), run)
     scored = score(models, rows, fit_tau(tau, rows, settings, run), run)
     return held_out_metrics(rows, scored.batch, scored.logp - scored.ref_logp, truth, models.policy, run,
@@ -356,15 +343,15 @@ def main(args):
     seed_everything(args.seed)
     sft, tokenizer, config = rl_inputs(args, world)
     gvm_folder, settings = gvm_inputs(args, sft, tokenizer)
-    truth, k = load_truth(args), settings["k"]
-    out = output_folder(args, "dvpo")
+    truth = load_truth(args)
+    out = output_folder(args)
     train, test = rl_prompts(tokenizer, args, world)
     run = Run(args, tokenizer, device, rank, world)
     checkpoints = Checkpoints(out, args, (train, test), [sft, gvm_folder, settings.get("base_model")])
 
     models = load_models(sft, gvm_folder, settings, config, run)
     start, state = checkpoints.resume({"policy": models.policy})
-    log = MetricLog(out, args, SHOW, args.max_steps, start)
+    log = MetricLog(out, args, SHOWN, args.max_steps, start)
     beta, previous = state.get("beta", args.kl_coef), state.get("previous", [])
     global_batch = args.rollout_batch * world
     for step in range(start, args.max_steps):
@@ -374,7 +361,7 @@ def main(args):
         mine = range(rank * args.rollout_batch, (rank + 1) * args.rollout_batch)
         rows = rollout(models.policy, [train[picks[i]] for i in mine],
                        [row_seed(args.seed, step * global_batch + i) for i in mine], run)
-        groups = {train[i]["group"] for i in picks}
+        groups, k = {train[i]["group"] for i in picks}, settings["k"]
         if step == 0 and k > 0:
             # tau needs answers of the current policy: K extra prompts, outside the batch if possible
             extra = sorted(keyed_rng(args.seed, 0).permutation(len(train))[:4 * k + global_batch],
@@ -387,7 +374,7 @@ def main(args):
         tau = draw_tau(previous, groups, k, keyed_rng(args.seed, step))
         scored = score(models, rows, fit_tau(tau, rows, settings, run), run)
         batch = scored.batch
-        check_scores_finite(step, rows, scored.logp, scored.ref_logp, scored.values)
+        check_scores_finite(step, rows, *scored[2:])
         clock("score")
 
         # 3. advantages: beta KL_t and the cost of a missing EOS, both in units of reward, then GAE or Eq. 2
@@ -409,24 +396,19 @@ def main(args):
         # 5. log, steer beta, and keep this batch for the next step's tau
         if step == 0:
             self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer)
-        metrics.update(update_stats, lr=args.lr, episode=(step + 1) * global_batch, **clock.row(global_batch),
-                       **{"memory/peak_gb": peak_memory_gb(device)})
+        metrics.update(update_stats, lr=args.lr, episode=(step + 1) * global_batch,
+                       **clock.row(global_batch), **{"memory/peak_gb": peak_memory_gb(device)})
         beta = next_kl_coef(beta, metrics["objective/kl"], args.kl_target, args.kl_horizon, global_batch)
         if test and due(step, args.max_steps, args.eval_every):
             metrics.update(held_out(models, truth, test, tau, settings, run))
         log.write(step, metrics)
         warn(metrics)
-        show_samples(step, rows, [{"values": v[:1 + len(row["response_ids"])]}
-                                  for v, row in zip(scored.values.tolist(), rows)], out, run)
+        show_samples(step, rows, scored, out, run)
         previous = gather_rows([{key: row[key] for key in ("prompt", "group", "response")} for row in rows])
         checkpoints.after(step, args.max_steps, beta=beta, previous=previous)
     save_model(models.policy, tokenizer, out, base=sft if args.lora_r else None)
     checkpoints.finish()
-    print0(f"train_dvpo: saved to {out}")
 
-
-SHOW = ["objective/true_reward", "objective/kl", "objective/kl_coef", "gvm/mean", "completions/mean_length",
-        "policy/clipfrac_avg", "timing/step_total"]  # on the terminal
 
 if __name__ == "__main__":
     main(parse_args(Args))

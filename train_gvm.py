@@ -234,7 +234,7 @@ def main(args):
     rank, world, device = init_distributed()
     seed_everything(args.seed)
     sft, tokenizer, config, context = gvm_stage_inputs(args, world)
-    out = output_folder(args, "gvm")
+    out = output_folder(args)
     train, pairs = trajectories(tokenizer, args)
     run = Run(args, tokenizer, device, rank, world)
     checkpoints = Checkpoints(out, args, (train, pairs), [sft, args.reward_model or None])
@@ -298,7 +298,6 @@ def main(args):
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), "split_seed": args.split_seed,
         "reward": reward}})
     checkpoints.finish()
-    print0(f"train_gvm: saved to {out}")
 
 
 if __name__ == "__main__":

@@ -17,15 +17,15 @@ D1  The reward model's score is standardized to about [-1, 1] (rm.json), near th
 D2  The critic starts from the reward model, as in InstructGPT (with --reward_fn from the SFT model;
     --critic_model names another start), and --critic_warmup gives it rollout batches of its own before the
     policy moves.
-D4  Two KLs. KL(policy, reference) is steered by beta to --kl_target. The paper's "target KL 0.1" is read as the
-    early stop on KL(pi_old, pi) per token (--early_stop_kl).
+D4  Two KLs. KL(policy, reference) is steered by beta to --kl_target. The paper's "target KL 0.1" is read as
+    the early stop on KL(pi_old, pi) per token (--early_stop_kl).
 
     python train_ppo.py                                               the toy, on one CPU rank
     deepspeed train_ppo.py --model meta-llama/Meta-Llama-3-8B         openbmb/UltraFeedback, ZeRO-3, bf16
 
 reads   prompts of the RL share (20 %), the SFT model (policy and reference), the reward model
-writes  runs/<model name>/ppo: the policy, tokenizer, args.json, metrics.jsonl, samples.jsonl; a killed run loses
-        the steps since its last checkpoint, and --resume True continues it exactly (plumbing/checkpoint.py)
+writes  runs/<model name>/ppo: the policy, tokenizer, args.json, metrics.jsonl, samples.jsonl; a killed run
+        loses the steps since its last checkpoint; --resume True continues it exactly (plumbing/checkpoint.py)
 
 Legend: B rows, P prompt columns (left padded), R response columns (right padded), T = P + R, V vocabulary.
 """
@@ -47,9 +47,9 @@ from plumbing.folders import output_folder
 from plumbing.inputs import critic_inputs, reward_inputs, rl_inputs
 from plumbing.lean import LogProbs, OneBase, share_models
 from plumbing.log import Clock, MetricLog, due
-from plumbing.ranks import all_sum, init_distributed, peak_memory_gb, print0, seed_everything
+from plumbing.ranks import all_sum, init_distributed, peak_memory_gb, seed_everything
 from plumbing.rl import (check_scores_finite, held_out_metrics, held_out_rows, load_critic, load_reward,
-                         load_truth, rollout_metrics, score_metrics, self_check, show_samples, warn)
+                         load_truth, rollout_metrics, score_metrics, self_check, show_samples, SHOWN, warn)
 from plumbing.rows import rl_prompts
 from plumbing.saving import save_model
 
@@ -102,7 +102,7 @@ class Args:
     save_every: int = 100  # write a checkpoint this often [steps]; 0: only when the run is told to end
     keep: int = 2  # how many checkpoints to keep
     sample_every: int = 20  # print two answers with the critic's token values this often [steps]
-    eval_every: int = 50  # evaluate KL, length, score and true reward on held-out prompts this often [steps]
+    eval_every: int = 50  # evaluate on held-out prompts (KL, length, score, true reward) this often [steps]
     eval_prompts: int = 64  # how many held-out prompts
     track: bool = False  # log to Weights & Biases, too
     seed: int = 1  # prompt order, sampling, a new critic head
@@ -153,7 +153,7 @@ def policy_loss(logp, old_logp, advantage, mask, cliprange):
 
     logp, old_logp, advantage: [B, R] float32;  mask: [B, R] bool
     returns (loss, stats); stats = sums over tokens of 1/2 log_ratio^2 (an estimate of KL(pi_old, pi)), of
-    clipped tokens, of the ratio and of its square. Log-ratios are clamped to +-20 so that exp cannot overflow.
+    clipped tokens, of the ratio and of its square. Log-ratios are clamped to +-20: exp cannot overflow.
     """
     log_ratio = ((logp - old_logp) * mask).clamp(-20, 20)
     ratio = log_ratio.exp()
@@ -193,12 +193,13 @@ def next_kl_coef(beta, kl, target, horizon, episodes):
 # mask                    1   1   1   1   0        EOS is an action and is trained; nothing after it is
 
 def response_logprobs(model, batch, run):
-    """(log pi(a_t | s_t), entropy), [B, R] float32 each, at the sampler's temperature. The logits in columns
-    P-1 .. T-2 are made of about 1,024 tokens at a time (plumbing.lean.response_logprobs has the plain form)."""
+    """(log pi(a_t | s_t), entropy), [B, R] float32 each, at the sampler's temperature. The logits in
+    columns P-1 .. T-2 are made for about 1,024 tokens at a time; lean.response_logprobs has the plain form."""
     P, T = batch.P, batch.ids.shape[1]
     return model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
                  states=slice(P - 1, T - 1), actions=batch.ids[:, P:T], mask=batch.mask, use_cache=False,
-                 temperature=run.args.temperature, chunks=-(-len(batch.ids) * run.args.response_length // 1024))
+                 temperature=run.args.temperature,
+                 chunks=-(-len(batch.ids) * run.args.response_length // 1024))
 
 
 def response_values(critic, batch):
@@ -218,14 +219,14 @@ def rollout(policy, rows, seeds, run):
              "response": tokenizer.decode(ids, skip_special_tokens=True)} for row, ids in zip(rows, answers)]
 
 
-Scored = namedtuple("Scored", "batch logp ref_logp values scores entropy")
+Scored = namedtuple("Scored", "batch entropy logp ref_logp values scores")
 
 
 @torch.no_grad()
 def score(models, rows, run):
     """Old and reference log-probs, values and scores of a rollout batch, in micro batches.
 
-    returns Scored: batch; logp, ref_logp, values, entropy [B, R]; scores [B]; float32, no gradient
+    returns Scored: batch; entropy, logp, ref_logp, values [B, R]; scores [B]; no gradient
     """
     batch = collate([row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows],
                     run.tokenizer.pad_token_id, run.device)
@@ -235,20 +236,20 @@ def score(models, rows, run):
         old[micro, :R], entropy[micro, :R] = response_logprobs(models.policy, part, run)
         ref[micro, :R], _ = response_logprobs(models.reference, part, run)
         values[micro, :R] = response_values(models.critic, part)
-    return Scored(batch, old, ref, values, models.reward(rows, models.policy), entropy)
+    return Scored(batch, entropy, old, ref, values, models.reward(rows, models.policy))
 
 
-def update(policy, critic, scored, advantage, returns, step, run):
-    """--ppo_epochs passes of clipped policy gradient and of value regression over a rollout batch, in optimizer
-    batches of micro_batch x accum_steps rows a rank. advantage, returns: [B, R]
+def update(models, scored, advantage, returns, step, run):
+    """--ppo_epochs passes of clipped policy gradient and of value regression over a rollout batch, in
+    optimizer batches of micro_batch x accum_steps rows a rank. advantage, returns: [B, R]
 
-    critic: an engine of its own; with --share_base a role of `policy`, whose one step moves both, so that
-            clipping sees the gradients of both
+    The critic is an engine of its own; with --share_base a role of the policy's engine, whose one step moves
+    both, so that clipping sees the gradients of both.
 
-    returns (metrics averaged over the tokens of all updates, largest |ratio - 1| of the very first micro batch)
+    returns (metrics averaged over the tokens of all updates, largest |ratio - 1| of the first micro batch)
     """
-    args, batch = run.args, scored.batch
-    totals, tokens, updates, grad_norm, first_ratio, stopped = torch.zeros(7), 0, 0, 0.0, None, False
+    args, batch, (policy, _, critic, _) = run.args, scored.batch, models
+    totals, tokens, updates, grad_norm, first_ratio, stopped = 0, 0, 0, 0.0, None, False
     warming, critic_grad_norm = step < args.critic_warmup, 0.0
     learner = policy if args.share_base else critic  # whose optimizer has the critic's weights
     policy.optimizer.param_groups[0]["lr"] = 0.0 if warming else args.lr
@@ -258,7 +259,7 @@ def update(policy, critic, scored, advantage, returns, step, run):
         order = keyed_rng(args.seed, step, epoch, run.rank).permutation(len(batch.ids))
         for rows in np.split(order, len(order) // (args.micro_batch * args.accum_steps)):
             n, = all_sum(batch.mask[rows].sum(), device=run.device)  # response tokens of the optimizer batch
-            sums = torch.zeros(7)
+            sums = 0
             for micro, part in micro_batches(batch, rows, args.micro_batch):
                 R = part.mask.shape[1]
                 old_logp = scored.logp[micro, :R]
@@ -271,7 +272,7 @@ def update(policy, critic, scored, advantage, returns, step, run):
                 v_loss, v_clipped = value_loss(response_values(critic, part), scored.values[micro, :R],
                                                returns[micro, :R], part.mask, args.cliprange_value)
                 learner.backward(v_loss * run.world / n)
-                sums += torch.cat([stats, torch.stack([loss, v_loss, v_clipped]).detach()]).cpu()
+                sums += torch.stack([*stats, loss.detach(), v_loss.detach(), v_clipped]).cpu()
                 if first_ratio is None:
                     first_ratio = ((logp.detach() - old_logp) * part.mask).expm1().abs().max().item()
             sums = torch.tensor(all_sum(*sums.tolist(), device=run.device))
@@ -289,10 +290,11 @@ def update(policy, critic, scored, advantage, returns, step, run):
             break
     kl, clipped, ratio, ratio_square, loss, v_loss, v_clipped = (totals / tokens).tolist()
     return {"policy/approxkl_avg": kl, "policy/clipfrac_avg": clipped, "val/ratio": ratio,
-            "val/ratio_var": ratio_square - ratio ** 2, "loss/policy_avg": loss, "loss/value_avg": v_loss,
-            "val/clipfrac_avg": v_clipped, "policy/updates": 0 if warming else updates,
-            "policy/early_stopped": float(stopped), "grad_norm": grad_norm / updates,
-            "critic/grad_norm": critic_grad_norm / updates}, first_ratio
+            "val/ratio_var": ratio_square - ratio ** 2, "loss/policy_avg": loss,
+            "loss/value_avg": v_loss, "val/clipfrac_avg": v_clipped,
+            "critic/grad_norm": critic_grad_norm / updates,
+            "policy/updates": 0 if warming else updates, "policy/early_stopped": float(stopped),
+            "grad_norm": grad_norm / updates}, first_ratio
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------
@@ -310,7 +312,7 @@ def metrics_of(rows, scored, kl, returns, raw_mean, raw_std, beta):
 
 @torch.no_grad()
 def held_out(models, truth, test, run):
-    """KL, length, score and true reward on held-out prompts, sampled with noise that is the same every time."""
+    """KL, length, score and true reward on held-out prompts, sampled with the same noise every time."""
     rows = rollout(models.policy, *held_out_rows(test, run), run)
     scored = score(models, rows, run)
     return held_out_metrics(rows, scored.batch, scored.logp - scored.ref_logp, truth, models.policy, run,
@@ -324,8 +326,8 @@ Models = namedtuple("Models", "policy reference critic reward")
 
 def load_models(sft, rm, critic_folder, config, run):
     """policy and critic: DeepSpeed engines, which learn. reference: the frozen SFT model. reward: function
-    (rows, policy) -> [B], by the frozen reward model (or by --reward_fn). With --lora_r policy and critic are adapters, and
-    the policy's is on the reference's weights, which are in memory once.
+    (rows, policy) -> [B], by the frozen reward model (or by --reward_fn). With --lora_r policy and critic are
+    adapters, and the policy's is on the reference's weights, which are in memory once.
     """
     import deepspeed
     from peft import get_peft_model
@@ -362,7 +364,7 @@ def main(args):
     rm = reward_inputs(args)
     critic_folder = critic_inputs(args, sft, rm, tokenizer)
     truth = load_truth(args)
-    out = output_folder(args, "ppo")
+    out = output_folder(args)
     train, test = rl_prompts(tokenizer, args, world)
     run = Run(args, tokenizer, device, rank, world)
     checkpoints = Checkpoints(out, args, (train, test), {sft, rm, critic_folder})
@@ -370,7 +372,7 @@ def main(args):
     models = Models(*(share_models if args.share_base else load_models)(sft, rm, critic_folder, config, run))
     engines = {"policy": models.policy, **({} if args.share_base else {"critic": models.critic})}
     start, state = checkpoints.resume(engines)
-    log = MetricLog(out, args, SHOW, args.max_steps, start)
+    log = MetricLog(out, args, SHOWN, args.max_steps, start)
     beta = state.get("beta", args.kl_coef)
     global_batch = args.rollout_batch * world
     for step in range(start, args.max_steps):
@@ -385,7 +387,7 @@ def main(args):
         # 2. score: log pi_old, log pi_ref, V(s) and r(x, y), all without gradient
         scored = score(models, rows, run)
         batch = scored.batch
-        check_scores_finite(step, rows, scored.logp, scored.ref_logp, scored.values, scored.scores)
+        check_scores_finite(step, rows, *scored[2:])
         clock("score")
 
         # 3. advantages: the score, beta KL_t and the cost of a missing EOS as rewards, then GAE on the critic
@@ -401,32 +403,26 @@ def main(args):
         clock("advantages")
 
         # 4. update: clipped surrogate (Eq. 3), and the critic's clipped regression on its returns
-        update_stats, first_ratio = update(models.policy, models.critic, scored, advantage, returns, step, run)
+        update_stats, first_ratio = update(models, scored, advantage, returns, step, run)
         clock("train")
 
         # 5. log and steer beta
+        moves = step >= args.critic_warmup
         if step == 0:
             self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer)
-        metrics.update(update_stats, lr=args.lr * (step >= args.critic_warmup),
-                       episode=(step + 1) * global_batch, **clock.row(global_batch),
-                       **{"memory/peak_gb": peak_memory_gb(device)})
-        if step >= args.critic_warmup:
-            beta = next_kl_coef(beta, metrics["objective/kl"], args.kl_target, args.kl_horizon,
-                                global_batch)
+        metrics.update(update_stats, lr=args.lr * moves, episode=(step + 1) * global_batch,
+                       **clock.row(global_batch), **{"memory/peak_gb": peak_memory_gb(device)})
+        if moves:
+            beta = next_kl_coef(beta, metrics["objective/kl"], args.kl_target, args.kl_horizon, global_batch)
         if test and due(step, args.max_steps, args.eval_every):
             metrics.update(held_out(models, truth, test, run))
         log.write(step, metrics)
         warn(metrics)
-        show_samples(step, rows, [{"values": v[:len(row["response_ids"])], "score": x} for v, x, row in
-                                  zip(scored.values.tolist(), scored.scores.tolist(), rows)], out, run)
+        show_samples(step, rows, scored, out, run)
         checkpoints.after(step, args.max_steps, beta=beta)
     save_model(models.policy, tokenizer, out, base=sft if args.lora_r else None)
     checkpoints.finish()
-    print0(f"train_ppo: saved to {out}")
 
-
-SHOW = ["objective/true_reward", "objective/kl", "objective/kl_coef", "objective/scores",
-        "completions/mean_length", "policy/clipfrac_avg", "timing/step_total"]  # on the terminal
 
 if __name__ == "__main__":
     main(parse_args(Args))

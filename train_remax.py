@@ -22,8 +22,8 @@ D4  The loss is a mean over the tokens of an optimizer batch, as in train_ppo.py
     deepspeed train_remax.py --model meta-llama/Meta-Llama-3-8B       openbmb/UltraFeedback, ZeRO-3, bf16
 
 reads   prompts of the RL share (20 %), the SFT model (policy and reference), the reward model
-writes  runs/<model name>/remax: the policy, tokenizer, args.json, metrics.jsonl, samples.jsonl; a killed run loses
-        the steps since its last checkpoint, and --resume True continues it exactly (plumbing/checkpoint.py)
+writes  runs/<model name>/remax: the policy, tokenizer, args.json, metrics.jsonl, samples.jsonl; a killed run
+        loses the steps since its last checkpoint; --resume True continues it exactly (plumbing/checkpoint.py)
 
 Legend: B rows, P prompt columns (left padded), R response columns (right padded), T = P + R, V vocabulary.
 """
@@ -45,9 +45,9 @@ from plumbing.folders import output_folder
 from plumbing.inputs import reward_inputs, rl_inputs
 from plumbing.lean import LogProbs, OneBase
 from plumbing.log import Clock, MetricLog, due
-from plumbing.ranks import all_sum, init_distributed, peak_memory_gb, print0, seed_everything
+from plumbing.ranks import all_sum, init_distributed, peak_memory_gb, seed_everything
 from plumbing.rl import (check_scores_finite, held_out_metrics, held_out_rows, load_reward, load_truth,
-                         rollout_metrics, score_metrics, self_check, show_samples, warn)
+                         rollout_metrics, score_metrics, self_check, show_samples, SHOWN, warn)
 from plumbing.rows import rl_prompts
 from plumbing.saving import save_model
 
@@ -91,7 +91,7 @@ class Args:
     save_every: int = 100  # write a checkpoint this often [steps]; 0: only when the run is told to end
     keep: int = 2  # how many checkpoints to keep
     sample_every: int = 20  # print two answers with their scores and baselines this often [steps]
-    eval_every: int = 50  # evaluate KL, length, score and true reward on held-out prompts this often [steps]
+    eval_every: int = 50  # evaluate on held-out prompts (KL, length, score, true reward) this often [steps]
     eval_prompts: int = 64  # how many held-out prompts
     track: bool = False  # log to Weights & Biases, too
     seed: int = 1  # prompt order, sampling
@@ -143,12 +143,13 @@ def next_kl_coef(beta, kl, target, horizon, episodes):
 # mask                    1   1   1   1   0        EOS is an action and is trained; nothing after it is
 
 def response_logprobs(model, batch, run):
-    """(log pi(a_t | s_t), entropy), [B, R] float32 each, at the sampler's temperature. The logits in columns
-    P-1 .. T-2 are made of about 1,024 tokens at a time (plumbing.lean.response_logprobs has the plain form)."""
+    """(log pi(a_t | s_t), entropy), [B, R] float32 each, at the sampler's temperature. The logits in
+    columns P-1 .. T-2 are made for about 1,024 tokens at a time; lean.response_logprobs has the plain form."""
     P, T = batch.P, batch.ids.shape[1]
     return model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
                  states=slice(P - 1, T - 1), actions=batch.ids[:, P:T], mask=batch.mask, use_cache=False,
-                 temperature=run.args.temperature, chunks=-(-len(batch.ids) * run.args.response_length // 1024))
+                 temperature=run.args.temperature,
+                 chunks=-(-len(batch.ids) * run.args.response_length // 1024))
 
 
 def rollout(policy, rows, seeds, run):
@@ -161,7 +162,7 @@ def rollout(policy, rows, seeds, run):
              "response": tokenizer.decode(ids, skip_special_tokens=True)} for row, ids in zip(rows, answers)]
 
 
-Scored = namedtuple("Scored", "batch logp ref_logp scores baselines entropy")
+Scored = namedtuple("Scored", "batch entropy logp ref_logp scores baselines")
 
 
 @torch.no_grad()
@@ -169,7 +170,7 @@ def score(models, rows, greedy, run):
     """Old and reference log-probs of a rollout batch, in micro batches, its scores and those of the greedy
     answers to the same prompts. rows, greedy: what rollout returns
 
-    returns Scored: batch; logp, ref_logp, entropy [B, R]; scores, baselines [B]; float32, no gradient
+    returns Scored: batch; entropy, logp, ref_logp [B, R]; scores, baselines [B]; no gradient
     """
     batch = collate([row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows],
                     run.tokenizer.pad_token_id, run.device)
@@ -179,14 +180,14 @@ def score(models, rows, greedy, run):
         old[micro, :R], entropy[micro, :R] = response_logprobs(models.policy, part, run)
         ref[micro, :R], _ = response_logprobs(models.reference, part, run)
     scores, baselines = models.reward(rows + greedy, models.policy).split((len(rows), len(greedy)))
-    return Scored(batch, old, ref, scores, baselines, entropy)
+    return Scored(batch, entropy, old, ref, scores, baselines)
 
 
 def update(policy, scored, advantage, step, run):
-    """One pass of policy gradient over a rollout batch, in optimizer batches of micro_batch x accum_steps rows
-    a rank. advantage: [B, R]
+    """One pass of policy gradient over a rollout batch, in optimizer batches of micro_batch x accum_steps
+    rows a rank. advantage: [B, R]
 
-    returns (metrics averaged over the tokens of all updates, largest |ratio - 1| of the very first micro batch)
+    returns (metrics averaged over the tokens of all updates, largest |ratio - 1| of the first micro batch)
     """
     args, batch = run.args, scored.batch
     totals, tokens, updates, grad_norm, first_ratio = torch.zeros(2), 0, 0, 0.0, None
@@ -228,7 +229,7 @@ def metrics_of(rows, greedy, scored, kl, raw_mean, raw_std, beta):
 
 @torch.no_grad()
 def held_out(models, truth, test, run):
-    """KL, length, score and true reward on held-out prompts, sampled with noise that is the same every time."""
+    """KL, length, score and true reward on held-out prompts, sampled with the same noise every time."""
     rows = rollout(models.policy, *held_out_rows(test, run), run)
     scored = score(models, rows, [], run)
     return held_out_metrics(rows, scored.batch, scored.logp - scored.ref_logp, truth, models.policy, run,
@@ -242,8 +243,8 @@ Models = namedtuple("Models", "policy reference reward")
 
 def load_models(sft, rm, config, run):
     """policy: a DeepSpeed engine, the only one that learns. reference: the frozen SFT model. reward: function
-    (rows, policy) -> [B], by the frozen reward model (or by --reward_fn). With --lora_r the policy is an adapter
-    on the reference's weights, which are in memory once.
+    (rows, policy) -> [B], by the frozen reward model (or by --reward_fn). With --lora_r the policy is an
+    adapter on the reference's weights, which are in memory once.
     """
     import deepspeed
     args, dtype, lora = run.args, dtype_of(config), run.args.lora_r > 0
@@ -268,14 +269,14 @@ def main(args):
     sft, tokenizer, config = rl_inputs(args, world)
     rm = reward_inputs(args)
     truth = load_truth(args)
-    out = output_folder(args, "remax")
+    out = output_folder(args)
     train, test = rl_prompts(tokenizer, args, world)
     run = Run(args, tokenizer, device, rank, world)
     checkpoints = Checkpoints(out, args, (train, test), {sft, rm})
 
     models = load_models(sft, rm, config, run)
     start, state = checkpoints.resume({"policy": models.policy})
-    log = MetricLog(out, args, SHOW, args.max_steps, start)
+    log = MetricLog(out, args, SHOWN, args.max_steps, start)
     beta = state.get("beta", args.kl_coef)
     global_batch = args.rollout_batch * world
     for step in range(start, args.max_steps):
@@ -288,12 +289,14 @@ def main(args):
         seeds = [row_seed(args.seed, step * global_batch + i) for i in mine]
         rows = rollout(models.policy, prompts, seeds, run)
         greedy = rollout(models.policy, prompts, seeds, run._replace(args=replace(args, temperature=0.0)))
+        for row, other in zip(rows, greedy):
+            row["greedy"] = other["response"]
         clock("generation")
 
         # 2. score: log pi_old, log pi_ref, r(x, y) and b(x), all without gradient
         scored = score(models, rows, greedy, run)
         batch = scored.batch
-        check_scores_finite(step, rows, scored.logp, scored.ref_logp, scored.scores, scored.baselines)
+        check_scores_finite(step, rows, *scored[2:])
         clock("score")
 
         # 3. advantages: the score, beta KL_t and the cost of a missing EOS as rewards, summed to the end, less
@@ -317,23 +320,18 @@ def main(args):
         # 5. log and steer beta
         if step == 0:
             self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer)
-        metrics.update(update_stats, lr=args.lr, episode=(step + 1) * global_batch, **clock.row(global_batch),
-                       **{"memory/peak_gb": peak_memory_gb(device)})
+        metrics.update(update_stats, lr=args.lr, episode=(step + 1) * global_batch,
+                       **clock.row(global_batch), **{"memory/peak_gb": peak_memory_gb(device)})
         beta = next_kl_coef(beta, metrics["objective/kl"], args.kl_target, args.kl_horizon, global_batch)
         if test and due(step, args.max_steps, args.eval_every):
             metrics.update(held_out(models, truth, test, run))
         log.write(step, metrics)
         warn(metrics)
-        show_samples(step, rows, [{"score": x, "greedy": other["response"], "baseline": b} for x, b, other in
-                                  zip(scored.scores.tolist(), scored.baselines.tolist(), greedy)], out, run)
+        show_samples(step, rows, scored, out, run)
         checkpoints.after(step, args.max_steps, beta=beta)
     save_model(models.policy, tokenizer, out, base=sft if args.lora_r else None)
     checkpoints.finish()
-    print0(f"train_remax: saved to {out}")
 
-
-SHOW = ["objective/true_reward", "objective/kl", "objective/kl_coef", "objective/scores", "objective/baseline",
-        "completions/mean_length", "timing/step_total"]  # on the terminal
 
 if __name__ == "__main__":
     main(parse_args(Args))

@@ -144,7 +144,7 @@ def main(args):
         raise BadInput(f"--lora_r {args.lora_r} must be at least 1.")
     seed_everything(args.seed)
     sft, tokenizer, config, _ = stage_inputs(args, world)
-    out = output_folder(args, "rm")
+    out = output_folder(args)
     train, test = preference_rows(tokenizer, args)
     checkpoints = Checkpoints(out, args, (train, test), models=[sft])
 

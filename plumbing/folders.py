@@ -1,5 +1,6 @@
 """Where a run writes and where it finds what an earlier stage wrote."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from plumbing.errors import BadInput, one_line
 LOCKS = {}  # place of a lock file -> the lock; it goes with the process, however that ends
 
 
-def output_folder(args, stage):
-    """runs/<model name>/<stage> unless --output_dir says otherwise; made at once, so that an unwritable place
-    shows before the expensive work. One process at a time writes there.
-    """
+def output_folder(args):
+    """runs/<model name>/<stage> unless --output_dir says otherwise, the stage being the name of the script without
+    train_; made at once, so that an unwritable place shows before the expensive work. One process at a time
+    writes there."""
+    stage = Path(inspect.getfile(type(args))).stem.removeprefix("train_")
     out = Path(args.output_dir or Path("runs") / Path(args.model).name / stage)
     take_lock(out / ".lock", f"--output_dir {out}")
     return out

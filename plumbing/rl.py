@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForTokenClassification
 
-from common import (disable_dropout, freeze, load_gvm, load_reward_model, load_tokenizer, load_value_base,
+from common import (chat_ids, cut_pair, disable_dropout, freeze, load_gvm, load_reward_model, load_tokenizer, load_value_base,
                     reward_scores, row_seed, value_head)
 from plumbing.args import load_plug
 from plumbing.checks import check_finite, pretrained, tokenizer_fingerprint
@@ -15,6 +15,20 @@ from plumbing.deepspeed_config import dtype_of
 from plumbing.errors import BadInput, writing
 from plumbing.folders import base_of
 from plumbing.ranks import all_sum, gather_rows, print0
+
+
+# ---- tau ---------------------------------------------------------------------------------------------------
+
+def fit_tau(pairs, rows, settings, run):
+    """tau as (question, answer) texts, cut to their token limits; without the first pairs where the longest row
+    of all ranks would not fit into the GVM's context behind them. pairs: rows with an answer"""
+    pairs = [cut_pair(run.tokenizer, row["prompt"], row["response"], settings) for row in pairs]
+    for first in range(len(pairs)):
+        longest = max(len(chat_ids(run.tokenizer, row["prompt"], pairs[first:])) + len(row["response_ids"])
+                      for row in rows)
+        if max(gather_rows([longest])) <= settings["context"]:
+            return pairs[first:]
+    return []
 
 
 # ---- functions of your own, and the reward model -----------------------------------------------------------
@@ -30,7 +44,7 @@ def load_truth(args):
 
 
 def load_value_fn(policy, run):
-    """--value_fn as a function (rows, tau) -> 1 + R numbers for each row's answer of R tokens."""
+    """--value_fn as a function (rows, tau) -> [B, 1 + R]: 1 + n numbers for each row's answer of n tokens."""
     plug = load_plug(run.args.value_fn, "--value_fn")
 
     def values(rows, tau):
@@ -38,7 +52,8 @@ def load_value_fn(policy, run):
         if [len(values) for values in found] != [1 + len(row["response_ids"]) for row in rows]:
             raise BadInput(f"--value_fn {run.args.value_fn}: it must return, for each row, one value more than "
                            f"the response has tokens.")
-        return found
+        longest = max(map(len, found))
+        return torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in found], device=run.device)
     return values
 
 
@@ -106,6 +121,11 @@ def load_critic(folder, dtype):
     return critic
 
 
+# Metrics on the terminal, those of them that a script has
+SHOWN = ["objective/true_reward", "objective/kl", "objective/kl_coef", "objective/scores", "objective/baseline",
+         "gvm/mean", "completions/mean_length", "policy/clipfrac_avg", "timing/step_total"]
+
+
 # ---- what is checked and shown -----------------------------------------------------------------------------
 
 def check_scores_finite(step, rows, *scores):
@@ -137,24 +157,27 @@ def warn(metrics):
         print0("warning: most answers are truncated: raise --response_length")
 
 
-def show_samples(step, rows, numbers, out, run):
-    """The first two answers of rank 0 every --sample_every steps, in samples.jsonl and as lines.
-
-    numbers: a dict for each row; `values` in it are shown between the tokens, the rest behind the answer
-    """
+def show_samples(step, rows, scored, out, run):
+    """The first two answers of rank 0 every --sample_every steps, in samples.jsonl and as lines: with the values of
+    their tokens between them, and the score, greedy answer and its score behind, where a script has these."""
     if run.rank or not run.args.sample_every or step % run.args.sample_every:
         return
     path = Path(out) / "samples.jsonl"
     with writing(path), open(path, "w" if step == 0 else "a", encoding="utf-8") as f:
-        for row, own in zip(rows[:2], numbers):
-            tokens = [run.tokenizer.decode([i]) for i in row["response_ids"]]
-            f.write(json.dumps({"step": step, "prompt": row["prompt"], "response": row["response"],
-                                "tokens": tokens, **own}, ensure_ascii=False) + "\n")
-            values = [f"[{v:+.2f}]" for v in own.get("values", [])]
+        for i, row in enumerate(rows[:2]):
+            tokens = [run.tokenizer.decode([token]) for token in row["response_ids"]]
+            sample = {"step": step, "prompt": row["prompt"], "response": row["response"], "tokens": tokens}
+            if hasattr(scored, "values"):  # with V(s_1) in front one more than there are tokens
+                n = len(tokens) + scored.values.shape[1] - scored.batch.mask.shape[1]
+                sample["values"] = scored.values[i, :n].tolist()
+            behind = {name: getattr(scored, f"{name}s")[i].item() for name in ("score", "baseline")
+                      if hasattr(scored, f"{name}s")}
+            behind.update({"greedy": row["greedy"]} if "greedy" in row else {})
+            f.write(json.dumps({**sample, **behind}, ensure_ascii=False) + "\n")
+            values = [f"[{v:+.2f}]" for v in sample.get("values", [])]
             words = [x for pair in zip_longest(values, map(str.strip, tokens), fillvalue="") for x in pair if x]
-            rest = "".join(f"  {name} {x:+.2f}" if isinstance(x, float) else f"  {name} {x[:100]!r}"
-                           for name, x in own.items() if name != "values")
-            print0(f"  {row['prompt'][-1]['content'][:100]!r}  {' '.join(words[:80])}{rest}")
+            print0(f"  {row['prompt'][-1]['content'][:100]!r}  {' '.join(words[:80])}", *[
+                f" {name} {x:+.2f}" if name != "greedy" else f" greedy {x[:100]!r}" for name, x in behind.items()])
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from plumbing.checks import pretrained
 from plumbing.errors import writing
+from plumbing.ranks import print0
 
 
 def replace_files(saving, out):
@@ -61,3 +62,4 @@ def save_model(engine, tokenizer, out, base=None, extra=None):
                 (saving / name).write_text(json.dumps(content, indent=1))
             replace_files(saving, out)
     dist.barrier()
+    print0(f"saved to {out}")
