@@ -1,13 +1,13 @@
-"""What the method shares: models and tokenizers, chat text as token ids, generation, the TD loss (Eq. 1) and the
-batch-normalized advantage (Eq. 2).
+"""What the method shares: models and tokenizers, chat text as token ids, generation, the TD loss (Eq. 1) and
+the batch-normalized advantage (Eq. 2).
 
-What differs between stages (where values and log-probs are read, losses, the loop) is written out in each script,
-on purpose. What a reader of the method never needs is in plumbing/.
+What differs between stages (where values and log-probs are read, losses, the loop) is written out in each
+script, on purpose. What a reader of the method never needs is in plumbing/.
 
 Legend for shapes: B rows, P prompt columns (left padded), R response columns (right padded), T = P + R,
 V vocabulary. Tokens of a response are counted from t = 1, as in the paper:
-    a_t = y_t, in column P + t - 1 of a batch            s_t = prompt and y_1 .. y_(t-1), complete in column P + t - 2
-    Q_t = Q(tau, s_t, a_t), read in a_t's own column     Q_0 = V(s_1), read in column P - 1, the last of the prompt
+    a_t = y_t, in column P + t - 1 of a batch       s_t = prompt and y_1 .. y_(t-1), up to column P + t - 2
+    Q_t = Q(tau, s_t, a_t), read in a_t's column    Q_0 = V(s_1), read in column P - 1, the prompt's last
 """
 
 from collections import namedtuple
@@ -32,7 +32,7 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
 
-# What the functions of a run share: its flags, the policy's tokenizer, and the place of this rank among `world`
+# What the functions of a run share: its flags, the policy's tokenizer, and this rank's number among `world`
 Run = namedtuple("Run", "args tokenizer device rank world")
 
 
@@ -94,7 +94,7 @@ def load_value_base(path, dtype, flag="--sft_model", lm=None):
 
 
 def value_head(model):
-    """The Linear(h, 1) of a token-classification model: `score` on Llama-like models, `classifier` on GPT-2."""
+    """The Linear(h, 1) of a token-classification model: `score` of a Llama, `classifier` of a GPT-2."""
     return model.score if hasattr(model, "score") else model.classifier
 
 
@@ -161,8 +161,8 @@ def freeze(model, config, device):
 
 
 def train_only(model, *parts):
-    """This alone decides what learns: gradients on for the parameters with one of `parts` in their name ("" is in
-    every name) and off for all others. Says how many, and returns a list of parameters for each part."""
+    """This alone decides what learns: gradients on for the parameters with one of `parts` in their name (""
+    is in every name), off for all others. Says how many, and returns a list of parameters for each part."""
     named = list(model.named_parameters())
     trained = [[p for name, p in named if part in name] for part in parts]
     model.requires_grad_(False)
@@ -177,8 +177,7 @@ def train_only(model, *parts):
 
 
 def lora_config(model, task, args, **more):
-    """LoRA on all linear layers but the heads. (peft's "all-linear" would take a value head, or a head that is
-    there already, for one of them.)"""
+    """LoRA on all linear layers but the heads (peft's "all-linear" would take a value head as one)."""
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
     names = {name.rpartition(".")[2] for name, m in model.named_modules()
@@ -221,8 +220,8 @@ Batch = namedtuple("Batch", "ids attention positions mask P")
 
 
 def collate(prompts, responses, pad_id, device="cpu", multiple=1):
-    """Lists of token ids -> one padded batch: prompts padded on the left to P columns, a multiple of `multiple`,
-    responses on the right to R.
+    """Lists of token ids -> one padded batch: prompts padded on the left to P columns, a multiple of
+    `multiple`, responses on the right to R.
 
     ids, attention, positions: [B, T] long;  mask: [B, R] bool, True on every response token, EOS included.
     """
@@ -285,7 +284,7 @@ def reward_scores(model, tokenizer, chats, device, micro_batch):
 # ---- generation --------------------------------------------------------------------------------------------
 
 def keyed_rng(*key):
-    """A numpy generator keyed by integers, e.g. (seed, step): the same draw on every rank and after a restart."""
+    """A numpy generator keyed by integers, e.g. (seed, step): the same on every rank and after a restart."""
     return np.random.default_rng([int(k) for k in key])
 
 
@@ -307,9 +306,9 @@ def epoch_rows(n, start, count, seed):
 
 
 class GumbelNoise(LogitsProcessor):
-    """Sampling as argmax(logits / temperature + Gumbel noise), which is an exact sample of softmax(logits /
-    temperature). The noise of a row comes from the row's own seed, so that what it says does not depend on the
-    rows beside it, on the batch's layout or on the number of ranks."""
+    """Exact samples of softmax(logits / temperature), as argmax(logits / temperature + Gumbel noise). A
+    row's noise comes from its own seed: what it says does not depend on the rows beside it, on the layout of
+    the batch or on the number of ranks."""
 
     def __init__(self, seeds, temperature, device):
         self.temperature = temperature
@@ -357,7 +356,7 @@ def generate(engine, prompts, seeds, max_new_tokens, temperature, tokenizer, dev
 def td_targets(q, reward, mask, gamma, lam):
     """TD(lambda) targets of one sentence-level reward (Eq. 1 is lambda = 0).
 
-    G_t = gamma ((1 - lambda) sg[Q_(t+1)] + lambda G_(t+1)),  r_t = 0 before the last token, of which G = r(x, y)
+    G_t = gamma ((1 - lambda) sg[Q_(t+1)] + lambda G_(t+1)) before the last token, whose G is r(x, y)
     G_0 = (1 - lambda) sg[Q_1] + lambda G_1:  no token, and so no discount, lies between V(s_1) and Q_1
     q:      [B, 1 + R], column t is Q_t, column 0 Q_0 = V(s_1);  reward: [B];  mask: [B, R] bool
     returns [B, 1 + R], no gradient, zero where there is no token

@@ -76,7 +76,7 @@ class Args:
 def sft_loss(logits, ids, mask, P):
     """Sum of -log pi(y_t | x, y_<t) over response tokens, and their number.
 
-    # ids            p1  p2 | y1  y2  y3  EOS pad      P = 2 prompt columns (left padded), R = 5 response columns
+    # ids            p1  p2 | y1  y2  y3  EOS pad      P = 2 prompt columns (padded left), R = 5 of response
     # log pi(y_t)    read at P + t - 2                 slice [:, P-1 : T-1]   (the state before the token)
     # mask                    1   1   1   1   0        EOS is trained, nothing after it is
     logits: [B, 1 + R, V], of the positions P-1 .. T-1;  ids: [B, T];  mask: [B, R]
@@ -145,7 +145,7 @@ def load_model(base, flag, tokenizer, config, args):
     model = load_policy(base, tokenizer, dtype_of(config), flag)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    # One label in the config: stock transformers then puts one-label value and reward heads on this model unasked
+    # One label in the config: stock transformers then puts one-label value and reward heads on this model
     model.config.num_labels = 1
     if args.lora_r:
         lora = lora_config(model, "CAUSAL_LM", args, lora_dropout=args.lora_dropout)

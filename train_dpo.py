@@ -116,15 +116,16 @@ def learning_rate(step, steps, args):
 def answer_logprobs(model, rows, tokenizer, args, device):
     """(log pi of the chosen, of the rejected answers), [B] each, in one forward pass of 2 B rows.
 
-    # ids            p1  p2 | y1  y2  y3  EOS pad      P = 2 prompt columns (left padded), R = 5 response columns
-    # log pi(y_t)    read at P + t - 2                 slice [:, P-1 : T-1], see plumbing.lean.response_logprobs
+    # ids            p1  p2 | y1  y2  y3  EOS pad      P = 2 prompt columns (padded left), R = 5 of response
+    # log pi(y_t)    read at P + t - 2                 slice [:, P-1 : T-1], see lean.response_logprobs
     # mask                    1   1   1   1   0        EOS counts, nothing after it does
     """
     prompts, chosen, rejected = zip(*rows)
     batch = collate(prompts + prompts, chosen + rejected, tokenizer.pad_token_id, device)
     logp, _ = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
                     states=slice(batch.P - 1, -1), actions=batch.ids[:, batch.P:], mask=batch.mask,
-                    temperature=1.0, use_cache=False, chunks=-(-2 * args.micro_batch * args.max_length // 1024))  # of about 1,024 tokens
+                    temperature=1.0, use_cache=False,
+                    chunks=-(-2 * args.micro_batch * args.max_length // 1024))  # of about 1,024 tokens
     return logp.sum(1).chunk(2)
 
 

@@ -63,7 +63,7 @@ class Args:
     value_model: str = ""  # the GVM's folder, default runs/<model name>/gvm
     value_fn: str = ""  # module:function that gives the values in place of the GVM
     truth_fn: str = ""  # module:function that gives a true reward, which is logged and used by nothing
-    lora_r: int = 0  # LoRA rank of the policy, merged at the end; 0 trains every weight
+    lora_r: int = 0  # LoRA rank of what learns, merged at the end; 0 trains every weight
     lora_alpha: int = 32  # LoRA scale is alpha / r
     # data
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file; prompts only
@@ -86,7 +86,7 @@ class Args:
     kl_horizon: int = 10000  # time constant of that controller [episodes]
     early_stop_kl: float = 0.1  # ends a step's updates when KL(old, new) passes it [nats per token]; 0: never
     # optimisation
-    lr: float = 2e-6  # learning rate, constant
+    lr: float = 2e-6  # learning rate of the policy, constant
     micro_batch: int = 2  # rows of one forward pass on one rank
     accum_steps: int = 2  # micro batches of one optimizer step
     max_steps: int = 800  # rollout batches
@@ -94,15 +94,15 @@ class Args:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
-    output_dir: str = ""  # default runs/<model name>/dvpo
+    output_dir: str = ""  # where to write, default runs/<model name>/<name of this script>
     resume: bool = False  # continue from the last complete checkpoint of the output folder, if there is one
     save_every: int = 100  # write a checkpoint this often [steps]; 0: only when the run is told to end
     keep: int = 2  # how many checkpoints to keep
-    sample_every: int = 20  # print two answers with their token values this often [steps]
-    eval_every: int = 50  # evaluate on held-out prompts (KL, length, value, true reward) this often [steps]
+    sample_every: int = 20  # print two answers with their token values or scores this often [steps]
+    eval_every: int = 50  # evaluate on held-out prompts this often [steps]
     eval_prompts: int = 64  # how many held-out prompts
     track: bool = False  # log to Weights & Biases, too
-    seed: int = 1  # prompt order, sampling, tau
+    seed: int = 1  # of prompt order, sampling and everything else that is drawn
     local_rank: int = -1  # set by the deepspeed launcher
 
 
@@ -172,8 +172,8 @@ def next_kl_coef(beta, kl, target, horizon, episodes):
 # mask                    1   1   1   1   0        EOS is an action and is trained; nothing after it is
 
 def response_logprobs(model, batch, run):
-    """(log pi(a_t | s_t), entropy), [B, R] float32 each, at the sampler's temperature. The logits in
-    columns P-1 .. T-2 are made for about 1,024 tokens at a time; lean.response_logprobs has the plain form."""
+    """(log pi(a_t | s_t), entropy), [B, R] float32 each, at the sampler's temperature. plumbing.lean has the
+    definition; the logits in columns P-1 .. T-2 are made for about 1,024 tokens at a time."""
     P, T = batch.P, batch.ids.shape[1]
     return model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
                  states=slice(P - 1, T - 1), actions=batch.ids[:, P:T], mask=batch.mask, use_cache=False,
@@ -209,7 +209,7 @@ def score(models, rows, tau, run):
 
     returns Scored: batch, without tau; entropy, logp, ref_logp [B, R]; values [B, 1 + R]; no gradient
     """
-    models.policy.eval()  # in train mode --gradient_checkpointing would drop the cache of tau's keys and values
+    models.policy.eval()  # in train mode --gradient_checkpointing would drop tau's keys and values
     batch = collate([row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows],
                     run.tokenizer.pad_token_id, run.device)
     old, ref, entropy = torch.zeros(3, *batch.mask.shape, device=run.device)
@@ -234,13 +234,13 @@ def gvm_values(gvm, rows, tau, run):
     return values
 
 
-def update(policy, scored, advantage, step, run):
+def update(models, scored, advantage, step, run):
     """--ppo_epochs passes of clipped policy gradient over a rollout batch, in optimizer batches of
     micro_batch x accum_steps rows a rank. advantage: [B, R]
 
     returns (metrics averaged over the tokens of all updates, largest |ratio - 1| of the first micro batch)
     """
-    args, batch = run.args, scored.batch
+    args, batch, policy = run.args, scored.batch, models.policy
     totals, tokens, updates, grad_norm, first_ratio, stopped = 0, 0, 0, 0.0, None, False
     policy.train()
     for epoch in range(args.ppo_epochs):
@@ -284,8 +284,8 @@ def last_values(scored):
 
 
 def metrics_of(rows, scored, kl, raw_mean, raw_std, beta):
-    """gvm/drift is the mean of Q_n - Q_0. E[Q_(t+1) | s_t, a_t] = Q_t for the values of the policy that sampled:
-    it is 0 while the GVM knows whom it is valuing, and needs no truth."""
+    """gvm/drift is the mean of Q_n - Q_0. E[Q_(t+1) | s_t, a_t] = Q_t for the values of the policy that
+    sampled: it is 0 while the GVM knows whom it is valuing, and needs no truth."""
     q = scored.values[:, 1:] * scored.batch.mask
     metrics, sums = rollout_metrics(rows, scored.batch, kl, scored.entropy, beta, raw_mean, raw_std,
                                     q=q.sum(), q_square=(q ** 2).sum(),
@@ -390,10 +390,10 @@ def main(args):
         clock("advantages")
 
         # 4. update: clipped surrogate (Eq. 3)
-        update_stats, first_ratio = update(models.policy, scored, advantage, step, run)
+        update_stats, first_ratio = update(models, scored, advantage, step, run)
         clock("train")
 
-        # 5. log, steer beta, and keep this batch for the next step's tau
+        # 5. log and steer beta
         if step == 0:
             self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer)
         metrics.update(update_stats, lr=args.lr, episode=(step + 1) * global_batch,
@@ -404,6 +404,7 @@ def main(args):
         log.write(step, metrics)
         warn(metrics)
         show_samples(step, rows, scored, out, run)
+        # the next step's tau is drawn from these
         previous = gather_rows([{key: row[key] for key in ("prompt", "group", "response")} for row in rows])
         checkpoints.after(step, args.max_steps, beta=beta, previous=previous)
     save_model(models.policy, tokenizer, out, base=sft if args.lora_r else None)

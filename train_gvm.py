@@ -33,8 +33,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import (Run, chat_ids, collate, cut_pair, epoch_rows, keyed_rng, load_value_base, lora_config, td_loss,
-                    train_only)
+from common import (Run, chat_ids, collate, cut_pair, epoch_rows, keyed_rng, load_value_base, lora_config,
+                    td_loss, train_only)
 from plumbing.args import parse_args
 from plumbing.checkpoint import Checkpoints
 from plumbing.checks import check_finite, tokenizer_fingerprint
@@ -114,7 +114,7 @@ def learning_rate(step, steps, args):
 
 
 def tau_pairs(step, steps, args):
-    """Pairs of tau at this step: none in the first half of the warm-up, growing to k in the second, then k."""
+    """Pairs of tau at this step: none in the first half of the warm-up, up to k in the second, then k."""
     progress = (step + 1) / (args.tau_warmup * steps + 1e-9)
     return min(args.k, max(0, int(2 * args.k * (progress - 0.5))))
 
@@ -150,7 +150,7 @@ class TauSource:
         self.shortened = 0  # rows whose tau lost pairs because tau + prompt + response exceeded the context
 
     def draw(self, policy, group, rng, k):
-        """k (question, answer) text pairs of `policy`, none of them about `group`; fewer where it wrote fewer."""
+        """k (question, answer) text pairs of `policy`, or all it has, none of them about `group`."""
         if k == 0:
             return []
         rows, pairs = self.by_policy[policy], []
@@ -215,7 +215,7 @@ def values(model, prompts, responses, run):
 
 
 def load_model(sft, config, args):
-    """The SFT model's backbone with a LoRA adapter and a value head, as a DeepSpeed engine: these two learn."""
+    """The SFT model's backbone with a LoRA adapter and a value head, which learn, as a DeepSpeed engine."""
     import deepspeed
     from peft import get_peft_model
     model = load_value_base(sft, dtype_of(config))
@@ -245,15 +245,15 @@ def main(args):
     held_out_tau = TauSource([row for pair in pairs for row in pair], tokenizer, context, vars(args))
     steps = steps_of(args, train, pairs, f"trajectories of {len(tau_source.by_policy)} policies", world)
     print0(f"tau: {args.k} pairs, questions cut to {args.tau_question_tokens} and answers to "
-           f"{args.tau_answer_tokens} tokens; where tau + prompt + response exceed {context}, whole pairs are "
-           f"left out, the first one first")
+           f"{args.tau_answer_tokens} tokens; where tau + prompt + response exceed {context}, whole pairs "
+           f"are left out, the first one first")
     start, state = checkpoints.resume({"model": engine})
     tau_source.shortened = state.get("shortened", 0)
-    log = MetricLog(out, args, ["loss", "value/mean", "eval/accuracy", "lr", "timing/step_total"], steps, start)
+    log = MetricLog(out, args, ["loss", "value/mean", "eval/accuracy", "lr"], steps, start)
     for step in range(start, steps):
         clock = Clock()
-        # 1. batch: rows of this optimizer step, each with a fresh tau of the policy that wrote it. tau is empty at
-        #    first: the model learns to value answers, then whose they are. Both at once took far longer
+        # 1. batch: rows of this optimizer step, each with a fresh tau of the policy that wrote it. tau is
+        #    empty at first: the model learns to value answers, then whose they are. Both at once took longer
         k = tau_pairs(step, steps, args)
         picks = list(enumerate(rows_of_step(len(train), step, args)))[rank::world]
         rows = []
@@ -261,9 +261,9 @@ def main(args):
             tau = tau_source.draw(train[i]["policy"], train[i]["group"], keyed_rng(args.seed, step, place), k)
             prompt, = tau_source.prompts([train[i]], tau)
             rows.append((prompt, train[i]["response_ids"], train[i]["reward"]))
-        count, = all_sum(sum(1 + len(response) for _, response, _ in rows), device=device)  # Q_0 .. Q_n of each
+        count, = all_sum(sum(1 + len(response) for _, response, _ in rows), device=device)  # Q_0 .. Q_n each
 
-        # 2. update: DeepSpeed averages gradients over ranks, so a mean over values is sum * ranks / values of all
+        # 2. update: DeepSpeed averages gradients over ranks, so a mean over values is sum * ranks / number
         engine.train()
         total, value_sum, bad = 0.0, 0.0, []
         for i in range(0, len(rows), args.micro_batch):

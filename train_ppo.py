@@ -10,7 +10,7 @@ reads the value of a token from one frozen model.
     L_V = mean 1/2 max( (V - G_t)^2, (clip(V, V_old - eps_V, V_old + eps_V) - G_t)^2 ),   G_t = A_t + V(s_t)
 Four models: policy and critic are trained, reference and reward model are not.
 
-Departures:
+Departures from the paper:
 D1  The reward model's score is standardized to about [-1, 1] (rm.json), near the scale of train_gvm's
     rewards, so that one beta suits both scripts; what makes runs comparable is a common KL target. A model
     without rm.json keeps its own scale.
@@ -63,7 +63,7 @@ class Args:
     reward_fn: str = ""  # module:function that gives the reward in place of the reward model
     critic_model: str = ""  # where the critic starts: reward model (default: that one), GVM or SFT model
     truth_fn: str = ""  # module:function that gives a true reward, which is logged and used by nothing
-    lora_r: int = 0  # LoRA rank of policy and critic, merged at the end; 0 trains every weight
+    lora_r: int = 0  # LoRA rank of what learns, merged at the end; 0 trains every weight
     lora_alpha: int = 32  # LoRA scale is alpha / r
     share_base: bool = False  # all four models as LoRA on one copy of the weights; needs --lora_r
     # data
@@ -97,15 +97,15 @@ class Args:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
-    output_dir: str = ""  # default runs/<model name>/ppo
+    output_dir: str = ""  # where to write, default runs/<model name>/<name of this script>
     resume: bool = False  # continue from the last complete checkpoint of the output folder, if there is one
     save_every: int = 100  # write a checkpoint this often [steps]; 0: only when the run is told to end
     keep: int = 2  # how many checkpoints to keep
-    sample_every: int = 20  # print two answers with the critic's token values this often [steps]
-    eval_every: int = 50  # evaluate on held-out prompts (KL, length, score, true reward) this often [steps]
+    sample_every: int = 20  # print two answers with their token values or scores this often [steps]
+    eval_every: int = 50  # evaluate on held-out prompts this often [steps]
     eval_prompts: int = 64  # how many held-out prompts
     track: bool = False  # log to Weights & Biases, too
-    seed: int = 1  # prompt order, sampling, a new critic head
+    seed: int = 1  # of prompt order, sampling and everything else that is drawn
     local_rank: int = -1  # set by the deepspeed launcher
 
 
@@ -193,8 +193,8 @@ def next_kl_coef(beta, kl, target, horizon, episodes):
 # mask                    1   1   1   1   0        EOS is an action and is trained; nothing after it is
 
 def response_logprobs(model, batch, run):
-    """(log pi(a_t | s_t), entropy), [B, R] float32 each, at the sampler's temperature. The logits in
-    columns P-1 .. T-2 are made for about 1,024 tokens at a time; lean.response_logprobs has the plain form."""
+    """(log pi(a_t | s_t), entropy), [B, R] float32 each, at the sampler's temperature. plumbing.lean has the
+    definition; the logits in columns P-1 .. T-2 are made for about 1,024 tokens at a time."""
     P, T = batch.P, batch.ids.shape[1]
     return model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
                  states=slice(P - 1, T - 1), actions=batch.ids[:, P:T], mask=batch.mask, use_cache=False,
@@ -248,10 +248,10 @@ def update(models, scored, advantage, returns, step, run):
 
     returns (metrics averaged over the tokens of all updates, largest |ratio - 1| of the first micro batch)
     """
-    args, batch, (policy, _, critic, _) = run.args, scored.batch, models
+    args, batch, policy = run.args, scored.batch, models.policy
     totals, tokens, updates, grad_norm, first_ratio, stopped = 0, 0, 0, 0.0, None, False
     warming, critic_grad_norm = step < args.critic_warmup, 0.0
-    learner = policy if args.share_base else critic  # whose optimizer has the critic's weights
+    learner = policy if args.share_base else models.critic  # whose optimizer has the critic's weights
     policy.optimizer.param_groups[0]["lr"] = 0.0 if warming else args.lr
     policy.train()
     learner.train()
@@ -269,7 +269,7 @@ def update(models, scored, advantage, returns, step, run):
                 # DeepSpeed averages gradients over ranks: a token mean is sum * ranks / tokens of all ranks
                 if not warming:
                     policy.backward(loss * run.world / n)
-                v_loss, v_clipped = value_loss(response_values(critic, part), scored.values[micro, :R],
+                v_loss, v_clipped = value_loss(response_values(models.critic, part), scored.values[micro, :R],
                                                returns[micro, :R], part.mask, args.cliprange_value)
                 learner.backward(v_loss * run.world / n)
                 sums += torch.stack([*stats, loss.detach(), v_loss.detach(), v_clipped]).cpu()
@@ -277,7 +277,7 @@ def update(models, scored, advantage, returns, step, run):
                     first_ratio = ((logp.detach() - old_logp) * part.mask).expm1().abs().max().item()
             sums = torch.tensor(all_sum(*sums.tolist(), device=run.device))
             check_finite(sums.sum().item(), step, "the loss", [f"{i} of the rollout batch" for i in rows])
-            for engine in {learner} if warming or args.share_base else (policy, critic):
+            for engine in {learner} if warming or args.share_base else (policy, models.critic):
                 engine.step()
             totals, tokens, updates = totals + sums, tokens + n, updates + 1
             grad_norm += step_norm(policy)  # 0 before its first step
@@ -350,10 +350,9 @@ def load_models(sft, rm, critic_folder, config, run):
         optimizer = adamw([(parameters, lr)], config, args.max_grad_norm)
         engines.append(deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0])
     policy, critic = engines
-    if lora:
-        reference = functools.partial(policy, role="reference")
-    else:
-        reference = freeze(LogProbs(load_policy(sft, run.tokenizer, dtype, "--sft_model")), config, run.device)
+    frozen = policy if lora else OneBase(load_policy(sft, run.tokenizer, dtype, "--sft_model"))
+    frozen = policy if lora else freeze(frozen, config, run.device)
+    reference = functools.partial(frozen, role="reference")
     return Models(policy, reference, critic, score_answers)
 
 

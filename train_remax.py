@@ -60,7 +60,7 @@ class Args:
     reward_model: str = ""  # any causal one-label sequence classifier, default runs/<model name>/rm
     reward_fn: str = ""  # module:function that gives the reward in place of the reward model
     truth_fn: str = ""  # module:function that gives a true reward, which is logged and used by nothing
-    lora_r: int = 0  # LoRA rank of the policy, merged at the end; 0 trains every weight
+    lora_r: int = 0  # LoRA rank of what learns, merged at the end; 0 trains every weight
     lora_alpha: int = 32  # LoRA scale is alpha / r
     # data
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file; prompts only
@@ -78,7 +78,7 @@ class Args:
     kl_target: float = 6.0  # objective/kl that beta is steered to [nats per response]; 0 keeps beta fixed
     kl_horizon: int = 10000  # time constant of that controller [episodes]
     # optimisation
-    lr: float = 1e-6  # learning rate, constant
+    lr: float = 1e-6  # learning rate of the policy, constant
     micro_batch: int = 2  # rows of one forward pass on one rank
     accum_steps: int = 2  # micro batches of one optimizer step
     max_steps: int = 800  # rollout batches
@@ -86,15 +86,15 @@ class Args:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     # run
     ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
-    output_dir: str = ""  # default runs/<model name>/remax
+    output_dir: str = ""  # where to write, default runs/<model name>/<name of this script>
     resume: bool = False  # continue from the last complete checkpoint of the output folder, if there is one
     save_every: int = 100  # write a checkpoint this often [steps]; 0: only when the run is told to end
     keep: int = 2  # how many checkpoints to keep
-    sample_every: int = 20  # print two answers with their scores and baselines this often [steps]
-    eval_every: int = 50  # evaluate on held-out prompts (KL, length, score, true reward) this often [steps]
+    sample_every: int = 20  # print two answers with their token values or scores this often [steps]
+    eval_every: int = 50  # evaluate on held-out prompts this often [steps]
     eval_prompts: int = 64  # how many held-out prompts
     track: bool = False  # log to Weights & Biases, too
-    seed: int = 1  # prompt order, sampling
+    seed: int = 1  # of prompt order, sampling and everything else that is drawn
     local_rank: int = -1  # set by the deepspeed launcher
 
 
@@ -143,8 +143,8 @@ def next_kl_coef(beta, kl, target, horizon, episodes):
 # mask                    1   1   1   1   0        EOS is an action and is trained; nothing after it is
 
 def response_logprobs(model, batch, run):
-    """(log pi(a_t | s_t), entropy), [B, R] float32 each, at the sampler's temperature. The logits in
-    columns P-1 .. T-2 are made for about 1,024 tokens at a time; lean.response_logprobs has the plain form."""
+    """(log pi(a_t | s_t), entropy), [B, R] float32 each, at the sampler's temperature. plumbing.lean has the
+    definition; the logits in columns P-1 .. T-2 are made for about 1,024 tokens at a time."""
     P, T = batch.P, batch.ids.shape[1]
     return model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
                  states=slice(P - 1, T - 1), actions=batch.ids[:, P:T], mask=batch.mask, use_cache=False,
@@ -256,10 +256,9 @@ def load_models(sft, rm, config, run):
     parameters, = train_only(policy, ".policy." if lora else "")  # nothing but the policy learns
     optimizer = adamw([(parameters, args.lr)], config, args.max_grad_norm)
     policy, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
-    if lora:
-        reference = functools.partial(policy, role="reference")
-    else:
-        reference = freeze(LogProbs(load_policy(sft, run.tokenizer, dtype, "--sft_model")), config, run.device)
+    frozen = policy if lora else OneBase(load_policy(sft, run.tokenizer, dtype, "--sft_model"))
+    frozen = policy if lora else freeze(frozen, config, run.device)
+    reference = functools.partial(frozen, role="reference")
     return Models(policy, reference, reward)
 
 
@@ -299,8 +298,7 @@ def main(args):
         check_scores_finite(step, rows, *scored[2:])
         clock("score")
 
-        # 3. advantages: the score, beta KL_t and the cost of a missing EOS as rewards, summed to the end, less
-        #    b(x)
+        # 3. advantages: the score, beta KL_t and the cost of a missing EOS as rewards, their sum less b(x)
         kl = (scored.logp - scored.ref_logp) * batch.mask
         penalty, baselines = beta * kl, scored.baselines.clone()
         for i, (row, other) in enumerate(zip(rows, greedy)):

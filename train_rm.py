@@ -122,11 +122,11 @@ def held_out(engine, rows, tokenizer, args, rank, world, device):
 
 
 def load_model(sft, config, args):
-    """The SFT model's backbone with a LoRA adapter and a score head, as a DeepSpeed engine: these two learn."""
+    """The SFT model's backbone with a LoRA adapter and a score head, which learn, as a DeepSpeed engine."""
     import deepspeed
     from peft import get_peft_model
-    model = disable_dropout(load_weights(AutoModelForSequenceClassification, sft, "--sft_model", new_head=True,
-                                         num_labels=1, dtype=dtype_of(config)))
+    model = disable_dropout(load_weights(AutoModelForSequenceClassification, sft, "--sft_model",
+                                         new_head=True, num_labels=1, dtype=dtype_of(config)))
     model.config.pad_token_id = -1  # the score is read at the last position, see last_token_scores
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -196,7 +196,7 @@ def main(args):
         "scale": scale, "max_length": args.max_length, "chat_template": tokenizer.chat_template,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), "split_seed": args.split_seed}})
     checkpoints.finish()
-    print0(f"train_rm: saved to {out}; scores: mean {center:.3f}, two standard deviations {scale:.3f}")
+    print0(f"scores: mean {center:.3f}, two standard deviations {scale:.3f}")
 
 
 if __name__ == "__main__":

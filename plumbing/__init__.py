@@ -1,1 +1,1 @@
-"""What a reader of the method never needs: arguments, ranks, folders, checks, readers, resume, log, saving."""
+"""What a reader of the method never needs: flags, ranks, folders, checks, readers, resume, log, saving."""

@@ -33,7 +33,7 @@ from plumbing.log import due
 from plumbing.ranks import gather_rows, parents, print0
 
 
-MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank", "track"}  # flags that change no number
+MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank", "track"}  # they change no number
 
 
 class Checkpoints:

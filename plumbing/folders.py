@@ -13,9 +13,9 @@ LOCKS = {}  # place of a lock file -> the lock; it goes with the process, howeve
 
 
 def output_folder(args):
-    """runs/<model name>/<stage> unless --output_dir says otherwise, the stage being the name of the script without
-    train_; made at once, so that an unwritable place shows before the expensive work. One process at a time
-    writes there."""
+    """runs/<model name>/<stage> unless --output_dir says otherwise; the stage is the script's name without
+    train_. Made at once, so that an unwritable place shows before the expensive work. One
+    process at a time writes there."""
     stage = Path(inspect.getfile(type(args))).stem.removeprefix("train_")
     out = Path(args.output_dir or Path("runs") / Path(args.model).name / stage)
     take_lock(out / ".lock", f"--output_dir {out}")

@@ -1,4 +1,4 @@
-"""What the stages check before a model is loaded, from flags and small files alone, and where their models are."""
+"""What the stages check before a model is loaded, from flags and small files, and where their models are."""
 
 import math
 
@@ -13,8 +13,8 @@ from plumbing.ranks import print0
 # ---- stages that train on given answers --------------------------------------------------------------------
 
 def stage_inputs(args, world, base=None):
-    """(model folder, its tokenizer, DeepSpeed config, context [tokens]) of a stage that trains on given answers.
-    base: (folder or id, its flag) in place of the SFT model"""
+    """(model folder, its tokenizer, DeepSpeed config, context [tokens]) of a stage that trains on given
+    answers. base: (folder or id, its flag) in place of the SFT model"""
     split_batch(args.batch_size, args.micro_batch, world)
     if base is None:
         base = stage_folder(args.model, "sft", args.sft_model, "--sft_model",
@@ -26,7 +26,7 @@ def stage_inputs(args, world, base=None):
 
 
 def gvm_stage_inputs(args, world):
-    """stage_inputs of train_gvm.py, and the flags that only it has; the reward model of --reward model, too."""
+    """stage_inputs of train_gvm.py, the flags that only it has, and the reward model of --reward model."""
     if args.reward == "preference" and args.batch_size % 2:
         raise BadInput(f"--batch_size {args.batch_size} must be even with --reward preference: the two "
                        f"answers of a pair share a batch.")
@@ -50,7 +50,7 @@ def split_batch(batch_size, micro_batch, world):
 
 
 def steps_of(args, train, test, what, world):
-    """Optimizer steps of a run: --epochs passes over `train`, at most --max_steps. Prints the batch arithmetic."""
+    """Optimizer steps of a run: --epochs passes over `train`, at most --max_steps. Prints the batch sizes."""
     steps = math.ceil(args.epochs * len(train) / args.batch_size)
     steps = min(steps, args.max_steps) if args.max_steps > 0 else steps
     print0(f"{len(train)} {what}, {len(test)} held out; optimizer batch {args.batch_size} = {world} ranks x "
@@ -88,10 +88,10 @@ def check_batches(args, world):
     if min(args.rollout_batch, args.micro_batch, args.accum_steps) < 1 or args.rollout_batch % size:
         raise BadInput(f"--rollout_batch {args.rollout_batch} must be a positive multiple of --micro_batch x "
                        f"--accum_steps = {args.micro_batch} x {args.accum_steps}: change one of the three.")
-    print0(f"rollouts/step {args.rollout_batch * world} = {world} ranks x rollout batch {args.rollout_batch}; "
-           f"optimizer batch {size * world} = {world} ranks x micro batch {args.micro_batch} x "
-           f"{args.accum_steps} accumulation; updates/step {epochs * args.rollout_batch // size} = {epochs} "
-           f"epochs x {args.rollout_batch // size}")
+    print0(f"rollouts/step {args.rollout_batch * world} = {world} ranks x rollout batch "
+           f"{args.rollout_batch}; optimizer batch {size * world} = {world} ranks x micro batch "
+           f"{args.micro_batch} x {args.accum_steps} accumulation; "
+           f"updates/step {epochs * args.rollout_batch // size} = {epochs} epochs x {args.rollout_batch // size}")
 
 
 def gvm_inputs(args, sft, tokenizer):

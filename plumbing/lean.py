@@ -26,7 +26,7 @@ def response_logprobs(lm, states, actions, mask, temperature, chunks, **inputs):
         logp    = log_softmax(logits, -1)                                               [B, R, V]
         returns   gather(logp, actions) * mask,  -sum(exp(logp) * logp) * mask          [B, R] float32 each
 
-    states: slice of the R columns whose hidden states predict the actions;  actions: [B, R];  mask: [B, R] bool
+    states: slice of the R columns whose hidden states predict the actions;  actions, mask: [B, R]
     The entropy is None while gradients are recorded: nothing asks for it there.
 
     Here logits are computed for response tokens only, in `chunks` parts, and recomputed in the backward pass:
@@ -113,7 +113,7 @@ class OneBase(torch.nn.Module):
     def use(self, role):
         for layer in self.lora:  # peft's own switches would also change what is trained
             layer._disable_adapters = role == "reference"
-            layer._active_adapter = ["default" if role == "gvm" else role]  # peft's name of a folder's adapter
+            layer._active_adapter = ["default" if role == "gvm" else role]  # so peft calls a folder's
 
     def forward(self, role="policy", **inputs):
         self.use(role)
@@ -130,8 +130,8 @@ class OneBase(torch.nn.Module):
 
 
 def share_models(sft, rm, critic_folder, config, run):
-    """PPO's (policy, reference, critic, reward) as adapters and heads on one copy of the SFT weights, under one
-    engine and one optimizer for policy and critic, see train_ppo.load_models."""
+    """PPO's (policy, reference, critic, reward) as adapters and heads on one copy of the SFT weights, under
+    one engine and one optimizer for policy and critic, see train_ppo.load_models."""
     import deepspeed
     args = run.args
     policy = load_policy(sft, run.tokenizer, dtype_of(config), "--sft_model")

@@ -15,7 +15,7 @@ LINE_EVERY = 10.0  # seconds between two lines in a log file
 
 
 class MetricLog:
-    """metrics.jsonl with one row a step; TensorBoard where it is installed, with --track Weights & Biases, too.
+    """metrics.jsonl with one row a step; TensorBoard where it is installed; with --track Weights & Biases.
     On a terminal a progress bar with the metrics named in `show`; in a file a line of them now and then."""
 
     def __init__(self, out, args, show, steps, start=0):

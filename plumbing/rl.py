@@ -1,4 +1,5 @@
-"""What train_dvpo.py, train_ppo.py and train_remax.py share and what is not their method: the reward model or function, the self-check, samples, and the metrics that all of them log."""
+"""What train_dvpo.py, train_ppo.py and train_remax.py share and what is not their method: the reward model or
+function, the self-check, samples, and the metrics that all of them log."""
 
 import json
 from itertools import zip_longest
@@ -7,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForTokenClassification
 
-from common import (chat_ids, cut_pair, disable_dropout, freeze, load_gvm, load_reward_model, load_tokenizer, load_value_base,
-                    reward_scores, row_seed, value_head)
+from common import (chat_ids, cut_pair, disable_dropout, freeze, load_gvm, load_reward_model, load_tokenizer,
+                    load_value_base, reward_scores, row_seed, value_head)
 from plumbing.args import load_plug
 from plumbing.checks import check_finite, pretrained, tokenizer_fingerprint
 from plumbing.deepspeed_config import dtype_of
@@ -20,8 +21,8 @@ from plumbing.ranks import all_sum, gather_rows, print0
 # ---- tau ---------------------------------------------------------------------------------------------------
 
 def fit_tau(pairs, rows, settings, run):
-    """tau as (question, answer) texts, cut to their token limits; without the first pairs where the longest row
-    of all ranks would not fit into the GVM's context behind them. pairs: rows with an answer"""
+    """tau as (question, answer) texts, cut to their token limits; without the first pairs where the longest
+    row of all ranks would not fit into the GVM's context behind them. pairs: rows with an answer"""
     pairs = [cut_pair(run.tokenizer, row["prompt"], row["response"], settings) for row in pairs]
     for first in range(len(pairs)):
         longest = max(len(chat_ids(run.tokenizer, row["prompt"], pairs[first:])) + len(row["response_ids"])
@@ -50,8 +51,8 @@ def load_value_fn(policy, run):
     def values(rows, tau):
         found = list(plug(rows, policy, run.tokenizer))
         if [len(values) for values in found] != [1 + len(row["response_ids"]) for row in rows]:
-            raise BadInput(f"--value_fn {run.args.value_fn}: it must return, for each row, one value more than "
-                           f"the response has tokens.")
+            raise BadInput(f"--value_fn {run.args.value_fn}: it must return, for each row, one value more "
+                           f"than the response has tokens.")
         longest = max(map(len, found))
         return torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in found], device=run.device)
     return values
@@ -122,8 +123,9 @@ def load_critic(folder, dtype):
 
 
 # Metrics on the terminal, those of them that a script has
-SHOWN = ["objective/true_reward", "objective/kl", "objective/kl_coef", "objective/scores", "objective/baseline",
-         "gvm/mean", "completions/mean_length", "policy/clipfrac_avg", "timing/step_total"]
+SHOWN = ["objective/true_reward", "objective/kl", "objective/kl_coef", "objective/scores",
+         "objective/baseline", "gvm/mean", "completions/mean_length", "policy/clipfrac_avg",
+         "timing/step_total"]
 
 
 # ---- what is checked and shown -----------------------------------------------------------------------------
@@ -158,8 +160,8 @@ def warn(metrics):
 
 
 def show_samples(step, rows, scored, out, run):
-    """The first two answers of rank 0 every --sample_every steps, in samples.jsonl and as lines: with the values of
-    their tokens between them, and the score, greedy answer and its score behind, where a script has these."""
+    """The first two answers of rank 0 every --sample_every steps, in samples.jsonl and as lines: the values
+    between their tokens; behind them the score, the greedy answer and its score, where a script has these."""
     if run.rank or not run.args.sample_every or step % run.args.sample_every:
         return
     path = Path(out) / "samples.jsonl"
@@ -175,16 +177,17 @@ def show_samples(step, rows, scored, out, run):
             behind.update({"greedy": row["greedy"]} if "greedy" in row else {})
             f.write(json.dumps({**sample, **behind}, ensure_ascii=False) + "\n")
             values = [f"[{v:+.2f}]" for v in sample.get("values", [])]
-            words = [x for pair in zip_longest(values, map(str.strip, tokens), fillvalue="") for x in pair if x]
-            print0(f"  {row['prompt'][-1]['content'][:100]!r}  {' '.join(words[:80])}", *[
-                f" {name} {x:+.2f}" if name != "greedy" else f" greedy {x[:100]!r}" for name, x in behind.items()])
+            words = [x for pair in zip_longest(values, map(str.strip, tokens)) for x in pair if x]
+            print0(f"  {row['prompt'][-1]['content'][:100]!r}  {' '.join(words[:80])}",
+                   *[f" {name} {x:+.2f}" if isinstance(x, float) else f" {name} {x[:100]!r}"
+                     for name, x in behind.items()])
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------
 
 def rollout_metrics(rows, batch, kl, entropy, beta, raw_mean, raw_std, **own):
-    """What all three log of a rollout batch, averaged over all ranks; objective/kl is the sum over a response's
-    tokens, averaged over responses (as TRL). README and docs/metrics.md say what each is.
+    """What all three log of a rollout batch, averaged over all ranks; docs/metrics.md says what each is.
+    objective/kl is the sum over a response's tokens, averaged over responses (as TRL).
 
     kl, entropy: [B, R];  own: numbers of this rank that the script wants summed as well
     returns (metrics, {name: sum over all ranks}, the number of `answers` and `tokens` among them)
@@ -194,8 +197,9 @@ def rollout_metrics(rows, batch, kl, entropy, beta, raw_mean, raw_std, **own):
             "entropy": (entropy * mask).sum(), "truncated": sum(row["truncated"] for row in rows), **own}
     sums = dict(zip(sums, all_sum(*sums.values(), device=mask.device)))
     n, tokens = sums["answers"], sums["tokens"]
-    return {"objective/kl": sums["kl"] / n, "objective/kl_coef": beta, "objective/entropy": sums["entropy"] / n,
-            "objective/non_score_reward": -beta * sums["kl"] / n, "policy/entropy_avg": sums["entropy"] / tokens,
+    return {"objective/kl": sums["kl"] / n, "objective/kl_coef": beta,
+            "objective/entropy": sums["entropy"] / n, "objective/non_score_reward": -beta * sums["kl"] / n,
+            "policy/entropy_avg": sums["entropy"] / tokens,
             "completions/mean_length": tokens / n,
             "completions/max_length": max(gather_rows([int(mask.sum(1).max())])),
             "completions/clipped_ratio": sums["truncated"] / n, "val/num_eos_tokens": n - sums["truncated"],
@@ -205,7 +209,8 @@ def rollout_metrics(rows, batch, kl, entropy, beta, raw_mean, raw_std, **own):
 def score_metrics(sums, beta):
     """Of a reward model's scores; sums: what rollout_metrics returned, with `scores` and `scores_square`."""
     n, x = sums["answers"], sums["scores"] / sums["answers"]
-    return {"objective/scores": x, "objective/scores_std": max(sums["scores_square"] / n - x ** 2, 0.0) ** 0.5,
+    return {"objective/scores": x,
+            "objective/scores_std": max(sums["scores_square"] / n - x ** 2, 0.0) ** 0.5,
             "objective/rlhf_reward": x - beta * sums["kl"] / n}
 
 
@@ -216,7 +221,7 @@ def held_out_rows(test, run):
 
 
 def held_out_metrics(rows, batch, kl, truth, policy, run, **own):
-    """KL, length, true reward and `own` numbers of this rank, averaged over the held-out answers of all ranks."""
+    """KL, length, true reward and `own` numbers of this rank, averaged over all held-out answers."""
     sums = {"kl": (kl * batch.mask).sum(), "mean_length": batch.mask.sum(), **own}
     n, *sums_of_all = all_sum(len(rows), *sums.values(), device=run.device)
     result = {f"eval/{name}": x / n for name, x in zip(sums, sums_of_all)}

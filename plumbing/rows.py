@@ -1,4 +1,4 @@
-"""From records (data.py) to the rows that a stage trains on: which fit, which are held out, what was dropped."""
+"""From records (data.py) to the rows a stage trains on: which fit, which are held out, what was dropped."""
 
 from collections import Counter
 
@@ -97,8 +97,8 @@ def score_reward(response, record, args):
 
 
 def reward_map(train, args, dtype, device):
-    """How scores became rewards, for gvm.json. With --reward model the rewards are filled in here: (score - mean)
-    / (2 standard deviations), about [-1, 1]."""
+    """How scores became rewards, for gvm.json. With --reward model the rewards are filled in here:
+    (score - mean) / (2 standard deviations), about [-1, 1]."""
     if args.reward == "preference":
         return {"kind": "preference"}
     if args.reward == "score":
