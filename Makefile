@@ -22,7 +22,7 @@ $(VENV)/installed: requirements.txt
 	$(PYTHON) -m pip install --quiet --upgrade pip
 	$(PYTHON) -m pip install --quiet -r requirements.txt
 	@echo "building the small C++ library that DeepSpeed uses on the CPU (about a minute, once)"
-	$(PYTHON) -c "from common import init_distributed; init_distributed()"
+	$(PYTHON) -c "from plumbing.ranks import init_distributed; init_distributed()"
 	touch $@
 
 demo: install

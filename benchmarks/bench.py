@@ -50,9 +50,9 @@ def make_tokenizer(vocabulary):
 
 def make_models(folder, config, dtype, args):
     """Folders sft, gvm and rm, with random weights and fresh adapters, and data.jsonl with prompts."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-    from common import load_value_base, lora_targets, value_head
+    from common import load_value_base, lora_config, value_head
     from plumbing.checks import tokenizer_fingerprint
     from plumbing.folders import model_place
     tokenizer = make_tokenizer(config.vocab_size)
@@ -66,7 +66,7 @@ def make_models(folder, config, dtype, args):
         model = (load_value_base(folder / "sft", dtype) if name == "gvm" else
                  AutoModelForSequenceClassification.from_pretrained(folder / "sft", dtype=dtype,
                                                                     num_labels=1))
-        adapter = LoraConfig(task_type=kind, r=8, lora_alpha=32, target_modules=lora_targets(model))
+        adapter = lora_config(model, kind, argparse.Namespace(lora_r=8, lora_alpha=32))
         model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
         torch.nn.init.normal_(value_head(model.get_base_model()).modules_to_save["default"].weight)
         model.save_pretrained(folder / name)
@@ -88,7 +88,7 @@ def make_models(folder, config, dtype, args):
 
 def empty_process_gb():
     """Peak of a process that has imported everything and loaded nothing [GB]."""
-    code = ("import train_dvpo, deepspeed, peft, torch; from common import init_distributed, peak_memory_gb;"
+    code = ("import train_dvpo, deepspeed, peft, torch; from plumbing.ranks import init_distributed, peak_memory_gb;"
             "print(peak_memory_gb(init_distributed()[2]))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])

@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 GB = 1e9
 LIVE = 1e9  # DeepSpeed's stage3_max_live_parameters: so many gathered weights at a time
-LOGIT_TOKENS = 1024  # common.with_logprobs makes the logits of about this many tokens at a time
+LOGIT_TOKENS = 1024  # lean.response_logprobs makes the logits of about this many tokens at a time
 FRAMEWORK_GB = 2.0  # CUDA context, NCCL's and DeepSpeed's buckets, fragmentation: a guess, not measured
 
 

@@ -90,8 +90,8 @@ def check_batches(args, world):
                        f"--accum_steps = {args.micro_batch} x {args.accum_steps}: change one of the three.")
     print0(f"rollouts/step {args.rollout_batch * world} = {world} ranks x rollout batch "
            f"{args.rollout_batch}; optimizer batch {size * world} = {world} ranks x micro batch "
-           f"{args.micro_batch} x {args.accum_steps} accumulation; "
-           f"updates/step {epochs * args.rollout_batch // size} = {epochs} epochs x {args.rollout_batch // size}")
+           f"{args.micro_batch} x {args.accum_steps} accumulation; updates/step "
+           f"{epochs * args.rollout_batch // size} = {epochs} epochs x {args.rollout_batch // size}")
 
 
 def gvm_inputs(args, sft, tokenizer):

@@ -138,7 +138,7 @@ class Grid:
         for path in ROOT.glob("*.py"):
             shutil.copy(path, copy)
         skip = shutil.ignore_patterns("build", "__pycache__")
-        for folder in ("toy", "ds_configs"):
+        for folder in ("plumbing", "toy", "ds_configs"):
             shutil.copytree(ROOT / folder, copy / folder, ignore=skip)
         patch = ROOT / "results/ablations" / f"{name}.patch"
         subprocess.run(["git", "apply", str(patch)], cwd=copy, check=True,
@@ -384,7 +384,8 @@ def advantage(grid, seeds):
             for kind in ("q", "gae", "released"):
                 values = "exact" if source == "exact" else grid.gvm(base(seed))
                 runs.setdefault(f"{source} {kind}", []).append(grid.dvpo(
-                    f"advantage/{source}_{kind}", seed, base(seed), "--advantage", kind, values=values))
+                    f"advantage/{source}_{kind}", seed, base(seed), "--advantage", kind, values=values,
+                    patch=kind if kind == "released" else None))
         runs.setdefault("PPO", []).append(grid.ppo("advantage/PPO", seed, base(seed)))
     grid.execute()
     table = {name: over_seeds(found) for name, found in runs.items()}
