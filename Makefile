@@ -1,19 +1,24 @@
-# `make demo` installs and runs the whole method on the toy world, `make test` installs and runs the tests,
-# `make compare` installs and measures DVPO and the baselines on the toy world.
+# make demo      installs into .venv, then runs the whole method on the toy world
+# make test      installs, then runs the tests; make test-all the slow ones, make check those of source and prose
+# make compare   installs, then measures DVPO and the baselines on the toy world
 VENV = .venv
-# DeepSpeed compiles into a folder of this environment: shared with another one it would be rebuilt
-# at every switch.
+# DeepSpeed compiles into a folder of this environment: shared with another one it would be rebuilt at every switch
 export TORCH_EXTENSIONS_DIR = $(CURDIR)/$(VENV)/torch_extensions
-# The toy is so small that a second thread costs more than it brings.
+# The toy is so small that a second thread costs more than it brings
 export OMP_NUM_THREADS = 1
+# Without a GPU DeepSpeed would look for other accelerators and say so in every process
+ifeq ($(shell command -v nvidia-smi),)
+export DS_ACCELERATOR = cpu
+endif
 PYTHON = $(VENV)/bin/python
-LAUNCH = PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(VENV)/bin/deepspeed --num_gpus 1
+LAUNCH = PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(VENV)/bin/deepspeed -q --num_gpus 1
+PYTEST = $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Begun first, so that the two processes of the tests end together
 LONGEST = tests/test_resume.py tests/test_chain.py
 TESTS = $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 
-.PHONY: demo test compare install clean
+.PHONY: demo test test-all check compare install clean
 
 install: $(VENV)/installed
 
@@ -40,7 +45,14 @@ compare: install
 	$(PYTHON) results/run.py compare
 
 test: install
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
+
+test-all: install
+	$(PYTEST) -m slow $(TESTS)
+
+check: install
+	$(PYTHON) -m ruff check
+	$(PYTEST) tests/maintain
 
 clean:
 	rm -rf runs toy/build

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import logging
 import os
 import random
 import re
@@ -21,52 +22,64 @@ from plumbing.errors import BadInput, LOST_RANK
 
 
 def init_distributed():
-    """Join the process group of the `deepspeed` launcher, or make one of a single
-    rank for `python script.py`.
+    """Join the process group of the `deepspeed` launcher, or make one of a single rank for `python script.py`.
 
     Returns (rank, world, device). NCCL on GPUs, gloo on the CPU.
     """
-    if not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "c++")):
-        raise BadInput("DeepSpeed compiles a small communication library at its first use on the CPU and "
-                       "needs a C++ compiler: install one (for example `apt-get install g++`) or set CXX to "
-                       "its path.")
-    # DeepSpeed builds with the first `ninja` on the PATH. Always this environment's own: another version
-    # would build the library again at every switch between `deepspeed script.py` and `python script.py`
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    import deepspeed
-    import logging
-    from transformers.utils import logging as transformers_logging
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # A value head is missing from an SFT model by design: no report of it
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # a call inside peft, not ours
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
-    if not torch.cuda.is_available() and os.environ["RANK"] == "0":
+    quiet()
+    if torch.cuda.is_available():
+        import deepspeed
+        deepspeed.init_distributed(verbose=False)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        init_on_cpu()
+        device = torch.device("cpu")
+    sys.excepthook = functools.partial(say_when_another_rank_has_died, sys.excepthook)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def quiet():
+    """No chatter of the libraries; their warnings stay, but for what is meant to be so."""
+    from transformers.utils import logging as transformers_logging
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # A value head is missing from an SFT model by design: no report of it
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # a call inside peft, not ours
+
+
+def init_on_cpu():
+    """The process group on a CPU, and what DeepSpeed and gloo need there."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others and says so
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        raise BadInput("DeepSpeed compiles a small communication library at its first use on the CPU and "
+                       "needs a C++ compiler: install one (for example `apt-get install g++`) or set CXX to "
+                       "its path.")
+    # DeepSpeed builds with the first `ninja` on the PATH. Always this environment's own: another version
+    # would build the library again at every switch between `deepspeed script.py` and `python script.py`
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if os.environ["RANK"] == "0":
         print("starting (the first run on a CPU compiles for a minute or more; if it hangs here, an earlier "
               "one was killed meanwhile: delete the file `lock` in the torch_extensions folder)", flush=True)
-    if not torch.cuda.is_available() and not dist.is_initialized():  # once a process
+    if not dist.is_initialized():  # once a process
         # A thread of gloo lets go of a collective's tensors a moment after the collective is over, and needs
         # Python for it: where Python is ending by then, the finished run aborts. Destroying the group does
         # not wait for the thread, as DeepSpeed's parameters still hold the group. A sleep lets it through
         atexit.register(time.sleep, 0.5)
+    import deepspeed
     deepspeed.init_distributed(verbose=False)
-    sys.excepthook = functools.partial(say_when_another_rank_has_died, sys.excepthook)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    else:  # here DeepSpeed leaves 69 MB of shared memory a rank behind, unless its names go once all have it
-        dist.barrier()
-        place = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
-        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{place}_*"):
-            buffer.unlink(missing_ok=True)
-    return dist.get_rank(), dist.get_world_size(), device
+    # DeepSpeed leaves 69 MB of shared memory a rank behind, unless its names go once all ranks have it
+    dist.barrier()
+    place = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{place}_*"):
+        buffer.unlink(missing_ok=True)
 
 
 def say_when_another_rank_has_died(otherwise, kind, error, trace):

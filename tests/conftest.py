@@ -27,6 +27,8 @@ import train_dvpo
 import train_gvm
 import train_ppo
 import train_rm
+from common import Run
+from plumbing import rl
 from plumbing.args import parse_args
 
 torch.set_num_threads(1)
@@ -96,6 +98,11 @@ def run_stage(stage, **flags):
     """Run a stage script's main in this process with flags as typed on the command line."""
     stage.main(parse_args(stage.Args, [str(word) for name, value in flags.items()
                                        for word in (f"--{name}", value)]))
+
+
+def run_of(tokenizer=None, **flags):
+    """What the functions of a run share, on one rank without a process group."""
+    return Run(SimpleNamespace(**flags), tokenizer, torch.device("cpu"), 0, 1)
 
 
 def clean_env():
@@ -177,26 +184,32 @@ def recorded(patch, stage, name, notes):
     patch.setattr(stage, name, wrapper)
 
 
+def note_frozen(patch, module, notes):
+    """Append (model, its fingerprint) to `notes` for each model that `module` freezes."""
+    freeze = module.freeze
+
+    def wrapper(*args):
+        model = freeze(*args)
+        notes.append((model, fingerprint(model)))
+        return model
+    patch.setattr(module, "freeze", wrapper)
+
+
 @pytest.fixture(scope="session")
 def chain(flags, tmp_path_factory):
     """sft -> gvm (K = 2) -> dvpo (3 steps), run once in this process.
 
     Has the folders sft, gvm, dvpo; the engines sft_engine, gvm_engine, policy; frozen = [(model, its
     fingerprint when it was frozen)], one model that is GVM and reference; checked = the arguments of DVPO's
-    self-check at step 0.
+    self-check at step 0; scored = what DVPO's score returned there.
     """
-    folder, saved, frozen, checks = tmp_path_factory.mktemp("chain"), [], [], []
+    folder, saved, frozen, checks, scores = tmp_path_factory.mktemp("chain"), [], [], [], []
     with pytest.MonkeyPatch.context() as patch:
         for stage in (sft, train_gvm, train_dvpo):
             recorded(patch, stage, "save_model", saved)
         recorded(patch, train_dvpo, "self_check", checks)
-        freeze = train_dvpo.freeze
-
-        def freeze_and_note(*args):
-            model = freeze(*args)
-            frozen.append((model, fingerprint(model)))
-            return model
-        patch.setattr(train_dvpo, "freeze", freeze_and_note)
+        recorded(patch, train_dvpo, "score", scores)
+        note_frozen(patch, train_dvpo, frozen)
         run_stage(sft, **flags.sft, output_dir=folder / "sft")
         run_stage(train_gvm, **flags.gvm, sft_model=folder / "sft", output_dir=folder / "gvm")
         run_stage(train_dvpo, **flags.dvpo, sft_model=folder / "sft", value_model=folder / "gvm",
@@ -204,7 +217,7 @@ def chain(flags, tmp_path_factory):
     sft_engine, gvm_engine, policy = [args[0] for args, _ in saved]
     return SimpleNamespace(sft=folder / "sft", gvm=folder / "gvm", dvpo=folder / "dvpo",
                            sft_engine=sft_engine, gvm_engine=gvm_engine, policy=policy,
-                           frozen=frozen, checked=checks[0][0])
+                           frozen=frozen, checked=checks[0][0], scored=scores[0][1])
 
 
 @pytest.fixture(scope="session")
@@ -220,20 +233,16 @@ def baseline(chain, flags, tmp_path_factory):
         recorded(patch, train_rm, "save_model", saved)
         recorded(patch, train_ppo, "save_model", saved)
         recorded(patch, train_ppo, "update", updates)
-        freeze, load_critic = train_ppo.freeze, train_ppo.load_critic
-
-        def freeze_and_note(*args):
-            model = freeze(*args)
-            frozen.append((model, fingerprint(model)))
-            return model
+        note_frozen(patch, rl, frozen)
+        note_frozen(patch, train_ppo, frozen)
+        load_critic = train_ppo.load_critic
 
         def load_and_note(*args):
             critics.append(fingerprint(model := load_critic(*args)))
             return model
-        patch.setattr(train_ppo, "freeze", freeze_and_note)
         patch.setattr(train_ppo, "load_critic", load_and_note)
         run_stage(train_rm, **flags.rm, sft_model=chain.sft, output_dir=folder / "rm")
         run_stage(train_ppo, **flags.ppo, sft_model=chain.sft, reward_model=folder / "rm",
                   output_dir=folder / "ppo")
     return SimpleNamespace(rm=folder / "rm", ppo=folder / "ppo", rm_engine=saved[0][0][0],
-                           policy=saved[1][0][0], critic=updates[0][0][1], frozen=frozen, start=critics[0])
+                           policy=saved[1][0][0], critic=updates[0][0][0].critic, frozen=frozen, start=critics[0])

@@ -18,7 +18,9 @@ import train_dvpo
 import train_gvm
 from common import (answer_ids, chat_ids, collate, generate, keyed_rng, load_policy, load_reward_model,
                     load_tokenizer, load_value_base, reward_scores, value_head)
-from conftest import TEMPLATE, WORDS, run_stage, word_tokenizer
+from conftest import run_of, run_stage, TEMPLATE, word_tokenizer, WORDS
+from plumbing.lean import LogProbs
+from plumbing.rl import load_value_fn
 
 EOS, CPU = 1, torch.device("cpu")
 PROMPTS = [[0, 3, 6, 9, 15, 7], [0, 20, 6], [0, 3, 6, 21, EOS, 4, 6, 8, 9], [5, 30, 29, 28]]
@@ -27,12 +29,14 @@ ENDS = [(i, t) for i, response in enumerate(RESPONSES) for t in range(len(respon
 CHAT = [{"role": "user", "content": "is thing1 red ?"}]
 
 
-def ARGS(temperature=1.0, response_length=12):
-    return SimpleNamespace(temperature=temperature, response_length=response_length)
-
-
 def padded():
     return collate(PROMPTS, RESPONSES, EOS)
+
+
+def logprobs(policy, batch, temperature=1.0):
+    """(log-probs, entropy) as train_dvpo.py reads them."""
+    return train_dvpo.response_logprobs(LogProbs(policy), batch,
+                                        run_of(temperature=temperature, response_length=12))
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -53,6 +57,17 @@ def gvm(folder):
     torch.manual_seed(1)
     torch.nn.init.normal_(value_head(model).weight)
     return model
+
+
+@pytest.fixture
+def dvpo_values(monkeypatch):
+    """train_dvpo.gvm_values without tau, of prompts that are token ids already."""
+    monkeypatch.setattr(train_dvpo, "chat_ids", lambda tokenizer, ids, tau: ids)
+
+    def values(gvm, prompts, responses):
+        rows = [{"prompt": prompt, "response_ids": response} for prompt, response in zip(prompts, responses)]
+        return train_dvpo.gvm_values(gvm, rows, [], run_of(word_tokenizer(pad_token="</s>"), micro_batch=8))
+    return values
 
 
 @torch.no_grad()
@@ -84,9 +99,9 @@ def assert_rows(got, wanted):
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_the_state_before_the_token(policy, temperature):
-    """response_logprobs equals the loop over prefixes at the sampler's
-    temperature; one slot off would not."""
-    got, entropy = train_dvpo.response_logprobs(policy, padded(), ARGS(temperature))
+    """response_logprobs equals the loop over prefixes at the sampler's temperature; one column off it would
+    not."""
+    got, entropy = logprobs(policy, padded(), temperature)
     wanted = slow_logprobs(policy, temperature)
     assert_rows(got, wanted)
     first = torch.log_softmax(at_the_end(policy, PROMPTS[0]) / temperature, -1)
@@ -103,32 +118,34 @@ def test_sft_trains_the_same_logprobs(policy, folder):
     assert count == len(ENDS)
 
 
-def test_values_are_read_after_the_token(gvm, folder):
-    """Both stages read Q(s_t, a_t) at the token a_t and V(s_1) at the last prompt token."""
+def test_values_are_read_after_the_token(gvm, folder, dvpo_values):
+    """Both stages read Q_t = Q(s_t, a_t) at the token a_t and Q_0 = V(s_1) at the last prompt token."""
     wanted = slow_values(gvm)
-    assert_rows(train_dvpo.response_values(gvm, padded()), wanted)
-    assert_rows(train_gvm.values(gvm, PROMPTS, RESPONSES, load_tokenizer(folder), CPU)[0], wanted)
+    got = dvpo_values(gvm, PROMPTS, RESPONSES)
+    assert_rows(got, wanted)
+    assert all(not row[len(numbers):].any() for row, numbers in zip(got, wanted))  # nothing behind the end
+    assert_rows(train_gvm.values(gvm, PROMPTS, RESPONSES, run_of(load_tokenizer(folder)))[0], wanted)
 
 
-def test_values_one_token_early_or_late_would_be_seen(gvm):
-    """The tests above can fail: shifted by one slot the values differ from the looped ones
+def test_values_one_token_early_or_late_would_be_seen(gvm, dvpo_values):
+    """The tests above can fail: shifted by one column the values differ from the looped ones
     in every row that has two."""
-    got, wanted = train_dvpo.response_values(gvm, padded()), slow_values(gvm)
+    got, wanted = dvpo_values(gvm, PROMPTS, RESPONSES), slow_values(gvm)
     for i, numbers in enumerate(wanted):
         early = [abs(a - b) for a, b in zip(got[i, :len(numbers) - 1].tolist(), numbers[1:])]
         late = [abs(a - b) for a, b in zip(got[i, 1:len(numbers)].tolist(), numbers)]
         assert max(early) > 0.05 and max(late) > 0.05
 
 
-def test_rows_beside_a_row_and_padding_change_nothing(policy, gvm):
+def test_rows_beside_a_row_and_padding_change_nothing(policy, gvm, dvpo_values):
     """A row has the same log-probs and values alone, in a batch, and in a batch that is far too wide."""
-    wide = collate([*PROMPTS, [0] * 20], [*RESPONSES, [9] * 12], EOS)
-    logp, _ = train_dvpo.response_logprobs(policy, wide, ARGS())
-    q = train_dvpo.response_values(gvm, wide)
+    wide = [*PROMPTS, [0] * 20], [*RESPONSES, [9] * 12]
+    logp, _ = logprobs(policy, collate(*wide, EOS))
+    q = dvpo_values(gvm, *wide)
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
         alone, n = collate([prompt], [response], EOS), len(response)
-        assert torch.allclose(train_dvpo.response_logprobs(policy, alone, ARGS())[0][0], logp[i, :n], atol=1e-5)
-        assert torch.allclose(train_dvpo.response_values(gvm, alone)[0], q[i, :1 + n], atol=1e-5)
+        assert torch.allclose(logprobs(policy, alone)[0][0], logp[i, :n], atol=1e-5)
+        assert torch.allclose(dvpo_values(gvm, [prompt], [response])[0], q[i, :1 + n], atol=1e-5)
 
 
 def test_models_for_reading_have_no_dropout(policy, gvm):
@@ -240,18 +257,22 @@ def test_generation_leaves_the_models_mode_as_it_was(policy, folder):
     assert sample(policy.eval(), folder) and not policy.training
 
 
-def test_sampled_ids_are_scored_as_they_are(policy, folder):
+def test_sampled_ids_are_scored_as_they_are(policy, folder, monkeypatch):
     """Rollout to scoring keeps ids: the text, which loses special tokens, is never tokenized again."""
     tokenizer = load_tokenizer(folder)
-    args = SimpleNamespace(response_length=8, temperature=1.0, micro_batch=3, static_cache=False)
+    run = run_of(tokenizer, response_length=8, temperature=1.0, micro_batch=3, static_cache=False,
+                 value_fn="toy_truth:constant")
     prompts = [{"prompt": CHAT, "group": "g", "prompt_ids": ids} for ids in PROMPTS * 5]
-    rows = train_dvpo.rollout(policy, prompts, range(20), tokenizer, args, CPU)
+    rows = train_dvpo.rollout(policy, prompts, range(20), run)
     assert [row["response_ids"] for row in rows] == sample(policy, folder, PROMPTS * 5, range(20), 8)
     assert [row["truncated"] for row in rows] == [EOS not in row["response_ids"] for row in rows]
     assert any(tokenizer(row["response"], add_special_tokens=False).input_ids != row["response_ids"][:-1]
                for row in rows)
-    zeros = lambda policy, rows, tau: [[0.5] * (1 + len(row["response_ids"])) for row in rows]
-    batch, old, ref, values, _ = train_dvpo.score(policy, policy, zeros, rows, [], tokenizer, args, CPU)
+    monkeypatch.setattr("toy_truth.constant", lambda rows, policy, tokenizer:
+                        [[0.5] * (1 + len(row["response_ids"])) for row in rows])
+    lm = LogProbs(policy)
+    batch, _, old, ref, values = train_dvpo.score(train_dvpo.Models(lm, lm, load_value_fn(policy, run)), rows,
+                                                  [], run)
     for i, row in enumerate(rows):
         n = len(row["response_ids"])
         assert batch.ids[i, batch.P:][batch.mask[i]].tolist() == row["response_ids"]
@@ -333,16 +354,17 @@ def test_tau_is_earlier_turns_of_the_same_chat(models_folder):
 
 
 def test_values_under_tau_are_read_on_the_response_only(gvm, folder):
-    """tau moves the values and the slots stay: V(s_1), then one per response token, as
+    """tau changes the values and not where they stand: V(s_1), then one per response token, as
     the loop over prefixes says."""
     tokenizer = load_tokenizer(folder)
     rows = [{"prompt": CHAT, "response_ids": response} for response in RESPONSES]
-    args = SimpleNamespace(micro_batch=3)
-    got = train_dvpo.gvm_values(gvm, rows, TAU, tokenizer, args, CPU)
+    run = run_of(tokenizer, micro_batch=3)
+    got = train_dvpo.gvm_values(gvm, rows, TAU, run)
     wanted = slow_values(gvm, [chat_ids(tokenizer, CHAT, TAU)] * len(rows))
-    for numbers, slow in zip(got, wanted, strict=True):
-        assert numbers == pytest.approx(slow, abs=2e-5)
-    assert got[1] != pytest.approx(train_dvpo.gvm_values(gvm, rows, [], tokenizer, args, CPU)[1], abs=0.05)
+    assert_rows(got, wanted)
+    assert all(not row[len(slow):].any() for row, slow in zip(got, wanted))
+    other = train_dvpo.gvm_values(gvm, rows, [], run)
+    assert got[1].tolist() != pytest.approx(other[1].tolist(), abs=0.05)
 
 
 def offline_rows():
@@ -379,24 +401,23 @@ def test_tau_grows_from_nothing_to_k():
 
 
 def test_both_answers_of_a_pair_are_ranked_under_one_tau(models_folder, monkeypatch):
-    """The policies of the good and of the bad answer lend tau in turn; a value that only
-    knows tau ranks by chance."""
+    """tau is of the policy of the good answer and of that of the bad one in turn; a value
+    that only knows tau ranks by chance."""
     tokenizer, asked = load_tokenizer(models_folder / "llama"), []
     rows = [{**row, "prompt_ids": chat_ids(tokenizer, row["prompt"])} for row in offline_rows()]
     pairs = list(zip(rows[1::2], rows[::2]))  # policy 1 is the good one
 
-    def values(engine, prompts, responses, tokenizer, device):
+    def values(engine, prompts, responses, run):
         asked.extend(tokenizer.decode(prompt) for prompt in prompts)
         yes = torch.tensor([[float(text.count("yes"))] for text in asked[-len(prompts):]])
         return yes.expand(-1, 3), collate(prompts, responses, EOS)
     monkeypatch.setattr(train_gvm, "values", values)
     engine = SimpleNamespace(eval=lambda: None, train=lambda: None)
     source = train_gvm.TauSource(rows, tokenizer, 128, SETTINGS)
-    args = SimpleNamespace(k=2, split_seed=0, micro_batch=2)
-    result = train_gvm.held_out_ranking(engine, pairs, source, tokenizer, args, 0, 1, CPU)
+    run = run_of(tokenizer, k=2, split_seed=0, micro_batch=2)
+    result = train_gvm.held_out_ranking(engine, pairs, source, run)
     assert result["eval/accuracy"] == 0.5 and asked[::2] == asked[1::2] and len(asked) == 4 * len(pairs)
-    lenders = [text.count("yes .") for text in asked[::2]]
-    assert lenders == [2, 0] * len(pairs)
+    assert [text.count("yes .") for text in asked[::2]] == [2, 0] * len(pairs)
 
 
 def test_tau_in_rl_prefers_prompts_outside_the_batch():
@@ -415,13 +436,15 @@ def test_what_exceeds_the_context_loses_the_first_pair_of_tau(models_folder):
     rows that share a tau lose the same ones."""
     tokenizer = load_tokenizer(models_folder / "llama")
     row = {"prompt": CHAT, "response_ids": RESPONSES[0]}
+    answered = [{"prompt": [{"role": "user", "content": q}], "response": a} for q, a in TAU]
     short = {"prompt": CHAT, "response_ids": RESPONSES[2]}
     both, last, none = (len(chat_ids(tokenizer, CHAT, tau)) + 4 for tau in (TAU, TAU[1:], []))
     for context, left in ((both, TAU), (both - 1, TAU[1:]), (last, TAU[1:]), (last - 1, []), (none, [])):
         source = train_gvm.TauSource([], tokenizer, context, SETTINGS)
         assert source.prompts([row, short], TAU) == [chat_ids(tokenizer, CHAT, left)] * 2
         assert source.shortened == (left != TAU)
-        assert train_dvpo.fit_tau(TAU, [short, row], tokenizer, {"context": context}) == left
+        assert train_dvpo.fit_tau(answered, [short, row], {**SETTINGS, "context": context},
+                                  run_of(tokenizer)) == left
 
 
 def test_tau_follows_the_policy(flags, chain, tmp_path, monkeypatch):
@@ -429,7 +452,7 @@ def test_tau_follows_the_policy(flags, chain, tmp_path, monkeypatch):
     rollouts, scored = [], []
     rollout, score = train_dvpo.rollout, train_dvpo.score
     monkeypatch.setattr(train_dvpo, "rollout", lambda *args: rollouts.append(rollout(*args)) or rollouts[-1])
-    monkeypatch.setattr(train_dvpo, "score", lambda *args: scored.append(args[4]) or score(*args))
+    monkeypatch.setattr(train_dvpo, "score", lambda *args: scored.append(args[2]) or score(*args))
     run_stage(train_dvpo, **flags.dvpo, sft_model=chain.sft, value_model=chain.gvm, output_dir=tmp_path,
               eval_every=0)
     first, extra, second, third = rollouts

@@ -56,7 +56,7 @@ def test_targets_are_the_lambda_weighted_n_step_returns(lam, gamma):
 
 
 def test_lambda_0_is_equation_1():
-    """Target gamma Q_{t+1} before the last token, and r itself, without a bootstrap, at the last one."""
+    """Target gamma Q_(t+1) before the last token, and r itself, without a bootstrap, at the last one."""
     q = torch.tensor([[9.0, 0.1, 0.2, 0.3]])
     target = td_targets(q, torch.tensor([7.0]), torch.ones(1, 3, dtype=torch.bool), 0.5, 0.0)
     assert target[0].tolist() == pytest.approx([0.1, 0.1, 0.15, 7.0])
@@ -71,7 +71,7 @@ def test_lambda_1_is_the_monte_carlo_return():
         assert target[i, 1:T + 1].tolist() == pytest.approx(wanted, abs=1e-6)
 
 
-def test_slot_0_values_the_prompt_without_a_discount():
+def test_the_value_of_the_prompt_has_no_discount():
     """V(s_1) looks ahead to the first token's value: no reward and no discount lies between the two."""
     q, reward, mask = ragged()
     for lam in (0.0, 0.5, 1.0):
@@ -80,27 +80,27 @@ def test_slot_0_values_the_prompt_without_a_discount():
 
 
 def test_nothing_is_learned_behind_eos():
-    """Targets there are 0, and what the model says there changes neither the loss nor the number of slots."""
+    """Targets there are 0, and what the model says there changes neither the loss nor the number of values."""
     q, reward, mask = ragged()
     behind = torch.cat([torch.zeros(len(mask), 1, dtype=torch.bool), ~mask], dim=1)
     assert (td_targets(q, reward, mask, 0.9, 0.5)[behind] == 0).all()
-    loss, slots = td_loss(q, reward, mask, 0.9, 0.5)
-    assert slots == sum(LENGTHS) + len(LENGTHS)  # every response token and the last prompt token of each row
+    loss, count = td_loss(q, reward, mask, 0.9, 0.5)
+    assert count == sum(LENGTHS) + len(LENGTHS)  # every response token and the last prompt token of each row
     assert td_loss(q + 100 * behind, reward, mask, 0.9, 0.5)[0] == loss
 
 
 def test_td_loss_follows_the_semi_gradient():
     """d loss / d Q_t = -2 (G_t - Q_t): the bootstrapped target is a constant, and the
-    loss is a sum over slots."""
+    loss is a sum over Q_0 .. Q_n."""
     q, reward, mask = ragged()
     q.requires_grad_()
     target = td_targets(q, reward, mask, 0.9, 0.5)
     assert not target.requires_grad
-    slots = torch.cat([torch.ones(len(mask), 1), mask], dim=1)
+    valued = torch.cat([torch.ones(len(mask), 1), mask], dim=1)
     loss, _ = td_loss(q, reward, mask, 0.9, 0.5)
     loss.backward()
-    assert torch.allclose(q.grad, -2 * (target - q.detach()) * slots, atol=1e-6)
-    assert loss.item() == pytest.approx((((target - q) * slots) ** 2).sum().item(), rel=1e-5)
+    assert torch.allclose(q.grad, -2 * (target - q.detach()) * valued, atol=1e-6)
+    assert loss.item() == pytest.approx((((target - q) * valued) ** 2).sum().item(), rel=1e-5)
 
 
 # ---- Eq. 2 ----
@@ -184,34 +184,6 @@ def test_gae_weighs_later_deltas_by_lambda():
     assert_rows(advantages("gae", values, penalty, mask, 0.7)[0], whitened(rows))
 
 
-def test_released_is_the_authors_recipe_token_by_token():
-    """Whitened V before the action; reward -penalty; no value behind the last token; GAE; whitened again."""
-    values, _, mask = ragged()
-    penalty = torch.rand(mask.shape)
-    states = whitened([values[i, :T].tolist() for i, T in enumerate(LENGTHS)])
-    rows = []
-    for i, v in enumerate(states):
-        row, ahead = [], 0.0
-        for t in reversed(range(len(v))):
-            after = v[t + 1] if t + 1 < len(v) else 0.0
-            ahead = -penalty[i, t].item() + after - v[t] + 0.95 * ahead
-            row.insert(0, ahead)
-        rows.append(row)
-    assert_rows(advantages("released", values, penalty, mask, 0.95)[0], whitened(rows))
-
-
-def test_released_pushes_answers_better_than_the_mean_to_go_on():
-    """Where V is a constant v along an answer, A_t = -lambda^(T-t) v up to a scale: the EOS of a good answer
-    is pushed down the most, that of a bad one up. A length bias that the values themselves do not contain."""
-    # A good and a bad answer of T = 4 tokens, whitened to v = +1 and -1
-    values = torch.tensor([[0.8] * 5, [0.2] * 5])
-    mask = torch.ones(2, 4, dtype=torch.bool)
-    advantage, _, _ = advantages("released", values, torch.zeros(2, 4), mask, 0.9)
-    wanted = torch.tensor([-0.9 ** (3 - t) for t in range(4)])
-    assert torch.allclose(advantage[0] / advantage[0, 3].abs(), wanted, atol=1e-5)
-    assert torch.allclose(advantage[1], -advantage[0], atol=1e-5)
-
-
 # ---- Eq. 3 ----
 
 @pytest.mark.parametrize("ratio, advantage, surrogate, slope, clipped", [
@@ -283,7 +255,7 @@ def test_beta_is_fixed_without_a_target():
 # ---- losses and learning rates of the other stages ----
 
 def test_sft_loss_is_the_negative_log_likelihood_of_the_answer():
-    """Per token: the logits at slot j are those of the state before response token j."""
+    """Per token: the logits in column j are those of the state before response token j + 1."""
     torch.manual_seed(0)
     lengths, P, R, V = [3, 1, 2], 4, 3, 7
     ids, logits = torch.randint(V, (3, P + R)), torch.randn(3, 1 + R, V)

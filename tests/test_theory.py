@@ -100,10 +100,10 @@ def test_the_td_loss_has_the_exact_values_as_its_fixed_point(lam):
     and not at other values."""
     theta, reward = world()
     q, p = values(theta, reward), probability(theta)
-    slot0 = torch.full((len(ANSWERS), 1), (p * reward).sum().item(), dtype=torch.float64)
+    q0 = torch.full((len(ANSWERS), 1), (p * reward).sum().item(), dtype=torch.float64)
 
     def error(q):
-        target = td_targets(torch.cat([slot0, q], 1), reward, MASK, 1.0, lam)[:, 1:]
+        target = td_targets(torch.cat([q0, q], 1), reward, MASK, 1.0, lam)[:, 1:]
         beginnings = {y[:t + 1] for y in ANSWERS for t in range(T)}
         return max(abs(sum(p[i] * (target - q)[i, len(b) - 1] for i, y in enumerate(ANSWERS)
                            if y[:len(b)] == b)) for b in beginnings)

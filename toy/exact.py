@@ -20,7 +20,7 @@ expectation it has.
 Shapes: A = 36 answers of a prompt, L = tokens of the longest one with EOS, N = sequences of one forward.
 """
 from collections import namedtuple
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -42,14 +42,14 @@ def question_of(row):
     return row["prompt"][-1]["content"]
 
 
-@lru_cache(maxsize=None)                # there are only 384 questions
+@cache                # there are only 384 questions
 def answer_ids(question, tokenizer):
     """Token ids of the 36 answers, EOS appended: tuple of 36 tuples."""
     encoded = tokenizer(answers(question), add_special_tokens=False)["input_ids"]
     return tuple((*ids, tokenizer.eos_token_id) for ids in encoded)
 
 
-@lru_cache(maxsize=None)
+@cache
 def inputs_to_run(question, tokenizer):
     """The inputs from which every answer can be read: list of (input ids, indices of the answers read there).
 

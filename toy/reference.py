@@ -2,7 +2,7 @@
 
 Only answers of the scripted policies are valued: those of the data files, seen (TRAINING) or not (UNSEEN).
 """
-from functools import lru_cache
+from functools import cache
 
 from plumbing.errors import BadInput
 from toy.bayes import bayes_q, undecided
@@ -11,7 +11,7 @@ from toy.world import FACT_OF, PROMPTS, TRAINING, UNSEEN, parse, response_tokens
 POLICIES = {policy.name: policy for policy in (*TRAINING, *UNSEEN)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def whole_question(text):
     """A prompt that begins with this text: questions of tau may have been cut to their token budget.
 

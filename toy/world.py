@@ -20,10 +20,9 @@ formula,
 Texts are words separated by single spaces; one word is one token. A prompt is identified by its text.
 """
 from collections import namedtuple
-from functools import lru_cache
+from functools import lru_cache, cache
 from itertools import product
 
-import numpy as np
 
 EOS = "<eos>"
 SPECIALS = ("<pad>", "<unk>", "<bos>", EOS, "<turn>")
@@ -114,7 +113,7 @@ def answer_text(prompt, parsed):
     return " ".join(part for part in parts if part)
 
 
-@lru_cache(maxsize=None)
+@cache
 def answer_table(prompt):
     """The well-formed answers of a prompt: {text without EOS: Parsed}, 36 entries in a fixed order."""
     parts = product(range(len(OPENERS)), (True, False), range(len(CLOSINGS)))
