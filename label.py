@@ -54,14 +54,14 @@ class Args:
     model: str = "toy"  # Hugging Face id or folder; names the run folder
     policies: list[str] = field(default_factory=list)  # name=folder; default the SFT model, else --model
     temperatures: list[float] = field(default_factory=lambda: [0.7, 1.0, 1.3])  # of the sampler, 0 is greedy
-    per_prompt: int = 4  # each prompt is answered by so many of them, drawn for it; 0: by all
+    per_prompt: int = 4  # how many of them answer each prompt, drawn for it; 0: all
     answers: list[str] = field(default_factory=list)  # files like --data; name=file names their policy
     reward_model: str = ""  # one-label sequence classifier, default runs/<model name>/rm
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file; prompts only
     split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
     shares: list[str] = field(default_factory=lambda: ["value", "rl", "test"])  # whose prompts to take
     prompts: int = 10**9  # at most this many prompts, drawn from all
-    allow_dropped: bool = False  # go on when more than 10 % of the prompts had to be dropped
+    allow_dropped: bool = False  # continue when more than 10 % of the prompts had to be dropped
     max_prompt_length: int = 1024  # longer prompts are dropped and counted [tokens]
     response_length: int = 1024  # at most this many sampled tokens per answer [tokens]
     micro_batch: int = 16  # rows of one forward pass on one rank
@@ -229,7 +229,7 @@ def sample(folder, jobs, prompts, kept, args, device):
 
 
 def let_go():
-    """Free the memory of the last model: its own forward refers to it, so that it does not go by itself."""
+    """Free the memory of the last model at once: the next one needs it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

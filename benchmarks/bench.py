@@ -1,9 +1,9 @@
 """DVPO and PPO on one random-weight model of a given shape: memory, seconds a step and where they go.
 
     python benchmarks/bench.py                                                          a CPU, minutes
-    python benchmarks/bench.py --config benchmarks/configs/llama-3-8b.json --ds_config ds_configs/zero1.json \\
-        --lora_r 16 --prompt 256 --response 1024 --rollout_batch 8 --micro_batch 2 --k 1 \\
-        --gradient_checkpointing True
+    python benchmarks/bench.py --config benchmarks/configs/llama-3-8b.json \\
+        --ds_config ds_configs/zero1.json --lora_r 16 --prompt 256 --response 1024 --rollout_batch 8 \\
+        --micro_batch 2 --k 1 --gradient_checkpointing True
 
 Weights are random, so the answers say nothing; memory and time depend on shapes alone. Every row of the table
 is a run of train_dvpo.py or train_ppo.py as they are, in a process of its own; the numbers are medians over
@@ -88,7 +88,8 @@ def make_models(folder, config, dtype, args):
 
 def empty_process_gb():
     """Peak of a process that has imported everything and loaded nothing [GB]."""
-    code = ("import train_dvpo, deepspeed, peft, torch; from plumbing.ranks import init_distributed, peak_memory_gb;"
+    code = ("import train_dvpo, deepspeed, peft, torch;"
+            "from plumbing.ranks import init_distributed, peak_memory_gb;"
             "print(peak_memory_gb(init_distributed()[2]))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])

@@ -19,7 +19,8 @@ A step has three phases, and the peak is what stays plus the largest of them:
               gradients
 
 DVPO holds the policy and one frozen copy of the SFT weights, which is reference and GVM; with --lora_r that
-one copy is all. PPO holds policy, critic, reference and reward model; with --lora_r policy and reference share.
+one copy is all. PPO holds policy, critic, reference and reward model; with --lora_r policy and
+reference are one.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def plan(config, ds, gpus, method, lora_r=0, checkpointing=False, rollout_batch=
     if method == "dvpo":
         trained, frozen = lora or parameters, parameters + 8 * lora_rank_1  # the GVM's own adapter has rank 8
     elif method == "ppo_shared":
-        trained, frozen = lora + 8 * lora_rank_1, parameters + 8 * lora_rank_1  # critic and reward model: rank 8
+        trained, frozen = lora + 8 * lora_rank_1, parameters + 8 * lora_rank_1  # their rank is 8
     else:  # the critic and the reward model have a backbone and a one-label head
         trained = 2 * lora or parameters + backbone
         frozen = parameters + backbone + (backbone if lora_r else 0)
@@ -135,7 +136,7 @@ def main(argv=None):
                         default=sorted(map(str, (ROOT / "ds_configs").glob("*.json"))))
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8], help="numbers of GPUs")
     parser.add_argument("--gpu_gb", type=float, default=80, help="memory of one GPU [GB]")
-    parser.add_argument("--lora_r", type=int, default=0, help="LoRA rank of policy and critic; 0: all weights")
+    parser.add_argument("--lora_r", type=int, default=0, help="LoRA rank of what learns; 0: all weights")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="as the scripts' flag")
     parser.add_argument("--rollout_batch", type=int, default=8, help="prompts per step on one GPU")
     parser.add_argument("--micro_batch", type=int, default=2, help="rows of one forward pass on one GPU")

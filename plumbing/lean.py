@@ -4,19 +4,23 @@ weights, and a prefix of all rows that is read once. tests/test_lean.py holds ea
 
 import copy
 import functools
+import inspect
 import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaModel
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from common import disable_dropout, load_policy, lora_config, train_only
 from plumbing.checks import reward_scale
 from plumbing.deepspeed_config import adamw, dtype_of
 from plumbing.rl import load_reward
+
+# What models call the keys and values that they are given; transformers 5.24 renamed it
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 def response_logprobs(lm, states, actions, mask, temperature, chunks, **inputs):
@@ -172,8 +176,8 @@ class SharedPrefix:
         self.model, self.rest, self.cache = model, [ids[n:] for ids in prompts], None
         if n:
             self.cache = DynamicCache()
-            model(input_ids=torch.tensor([prompts[0][:n]], device=device), past_key_values=self.cache,
-                  use_cache=True)
+            model(input_ids=torch.tensor([prompts[0][:n]], device=device), use_cache=True,
+                  **{CACHE: self.cache})
 
     def __call__(self, batch):
         attention, positions, cache = batch.attention, batch.positions, None
@@ -184,7 +188,7 @@ class SharedPrefix:
             attention = torch.cat([attention.new_ones(len(attention), n), attention], dim=1)
             positions = positions + n
         return self.model(input_ids=batch.ids, attention_mask=attention, position_ids=positions,
-                          past_key_values=cache, use_cache=cache is not None).logits
+                          use_cache=cache is not None, **{CACHE: cache}).logits
 
 
 def model_config(model):

@@ -44,8 +44,7 @@ class MetricLog:
         for name, value in row.items():
             if self.board is not None and value is not None:
                 self.board.add_scalar(name, value, step)
-        shown = "  ".join(f"{name.rpartition('/')[2]} {row[name]:.4g}" for name in self.show
-                          if row.get(name) is not None)
+        shown = "  ".join(f"{short(name)} {row[name]:.4g}" for name in self.show if row.get(name) is not None)
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
         last, now = step + 1 == self.steps, time.time()
@@ -55,6 +54,12 @@ class MetricLog:
             self.said = now
         if last:
             self.bar.close()
+
+
+def short(name):
+    """A metric's name on the terminal: gvm/mean, eval/accuracy; but kl for objective/kl."""
+    group, _, rest = name.rpartition("/")
+    return rest if group in ("objective", "policy", "completions", "timing") else name
 
 
 def tensorboard(out, args, start):

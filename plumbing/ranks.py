@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from plumbing.errors import BadInput, LOST_RANK
 
 
 def init_distributed():
-    """Join the process group of the `deepspeed` launcher, or make one of a single rank for `python script.py`.
+    """Join the process group of the `deepspeed` launcher, or make one of a single rank (`python script.py`).
 
     Returns (rank, world, device). NCCL on GPUs, gloo on the CPU.
     """
@@ -92,8 +93,10 @@ def say_when_another_rank_has_died(otherwise, kind, error, trace):
 
 
 def print0(*text):
+    """Print on rank 0, above the progress bar where there is one."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(*text, flush=True)
+        tqdm.write(" ".join(map(str, text)))
+        sys.stdout.flush()
 
 
 def seed_everything(seed):

@@ -4,10 +4,10 @@
     PYTHONPATH=/tmp/trl16 python results/against_trl_dpo.py
 
 TRL is not a dependency. Its trainer is built on a random Llama with another random one as reference; its own
-collator makes the batch and its own _compute_loss the loss. Ours are the functions of train_dpo.py on the same
-token ids: the reference's log-probs through the file that it keeps, the loss through dpo_loss. TRL's loss is a
-mean over pairs, ours a sum that the loop divides. Its "sigmoid" has no label smoothing; of a single pair its
-"aot" is the smoothed loss, and that is what smoothing is compared with.
+collator makes the batch and its own _compute_loss the loss. Ours are the functions of train_dpo.py on the
+same token ids: the reference's log-probs through the file that it keeps, the loss through dpo_loss. TRL's
+loss is a mean over pairs, ours a sum that the loop divides. Its "sigmoid" has no label smoothing; of a single
+pair its "aot" is the smoothed loss, and that is what smoothing is compared with.
 """
 
 import sys
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_dpo
 from common import load_policy, load_tokenizer
+from plumbing.lean import LogProbs
 from datasets import Dataset
 from toy.make import make_tokenizer
 from trl import DPOConfig, DPOTrainer
@@ -54,8 +55,10 @@ def theirs(rows, policy, reference, tokenizer, loss_type, smoothing, folder):
         args=DPOConfig(output_dir=folder, beta=BETA, loss_type=[loss_type], label_smoothing=smoothing,
                        per_device_train_batch_size=len(rows), report_to=[], use_cpu=True, bf16=False,
                        gradient_checkpointing=False),
-        processing_class=PreTrainedTokenizerFast.from_pretrained(policy), train_dataset=Dataset.from_dict(words))
-    batch = trainer.data_collator([dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row)) for row in rows])
+        processing_class=PreTrainedTokenizerFast.from_pretrained(policy),
+        train_dataset=Dataset.from_dict(words))
+    names = "prompt_ids", "chosen_ids", "rejected_ids"
+    batch = trainer.data_collator([dict(zip(names, row)) for row in rows])
     trainer.model.eval()  # no dropout anyway; only the mode of its own log
     loss = trainer._compute_loss(trainer.model, batch, return_outputs=False)
     loss.backward()
@@ -67,10 +70,11 @@ def ours(rows, policy, reference, smoothing, folder):
     """The same of train_dpo.py."""
     args = SimpleNamespace(micro_batch=len(rows), max_length=64)
     tokenizer = load_tokenizer(policy)
-    frozen = load_policy(reference, tokenizer, torch.float32)
-    kept, _ = train_dpo.reference_logprobs(frozen, rows, folder / "reference.npz", "key", tokenizer, args, 0, 1, DEVICE)
+    frozen = LogProbs(load_policy(reference, tokenizer, torch.float32))
+    kept, _ = train_dpo.reference_logprobs(frozen, rows, folder / "reference.npz", "key", tokenizer, args, 0,
+                                           1, DEVICE)
     model = load_policy(policy, tokenizer, torch.float32)
-    logp = torch.stack(train_dpo.answer_logprobs(model, rows, tokenizer, args, DEVICE))
+    logp = torch.stack(train_dpo.answer_logprobs(LogProbs(model), rows, tokenizer, args, DEVICE))
     chosen, rejected = train_dpo.implied_rewards(logp, torch.tensor(kept).T, BETA)
     loss = train_dpo.dpo_loss(chosen, rejected, smoothing) / len(rows)
     loss.backward()

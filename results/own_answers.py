@@ -3,7 +3,7 @@ in --data, four samples of the policy each, scored by the world's noisy annotato
 
     python results/own_answers.py --sft_model runs/toy/sft --data toy/build/preferences.jsonl --out x.jsonl
 
-The scripted policies of toy/build/preferences.jsonl never write a malformed answer, the SFT policy does in 9 %.
+The scripted policies of toy/build/preferences.jsonl never write a malformed answer, the SFT policy in 9 %.
 """
 
 import argparse

@@ -1,7 +1,6 @@
 """The PPO baseline and its reward model: rewards, GAE, returns and the value loss against their definitions,
 what the critic and the reward model read where, what is trained and what stays, and what is on disk."""
 
-import inspect
 import json
 import subprocess
 import sys
@@ -13,15 +12,13 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import train_dvpo
-import train_gvm
 import train_ppo
 import train_rm
 from common import (answer_ids, chat_ids, collate, load_gvm, load_reward_model, load_tokenizer,
                     load_value_base, reward_scores)
-from plumbing.data import read_data
+from conftest import clean_env, fingerprint, metrics, recorded, run_of, run_stage, word_tokenizer
+from plumbing import rl
 from plumbing.errors import BadInput
-from conftest import clean_env, fingerprint, metrics, recorded, run_stage, word_tokenizer
 
 CPU = torch.device("cpu")
 CHAT = [{"role": "user", "content": "is thing1 red ?"}]
@@ -103,15 +100,6 @@ def test_pair_loss_is_bradley_terry():
     assert train_rm.pair_loss(torch.tensor([-1e4]), torch.tensor([1e4])).isfinite()
 
 
-def test_what_the_two_trainers_share_is_the_same_text():
-    """The diff of the siblings is the lesson, so what is not the lesson is equal to the letter."""
-    for name in ("gae", "policy_loss", "next_kl_coef", "response_logprobs", "row_seed", "rollout",
-                 "self_check", "warn", "rl_prompts", "check_batches"):
-        ppo, dvpo = (inspect.getsource(getattr(module, name)) for module in (train_ppo, train_dvpo))
-        assert ppo == dvpo, name
-    assert inspect.getsource(train_rm.learning_rate) == inspect.getsource(train_gvm.learning_rate)
-
-
 # ---- alignment ----
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -137,10 +125,9 @@ def test_the_reward_model_scores_sampled_ids_at_their_last_token(baseline, chain
     stock.config.pad_token_id = None
     reward_model = load_reward_model(baseline.rm, torch.float32)
     tokenizer, settings = reward_model[1], json.loads((baseline.rm / "rm.json").read_text())
-    args = train_ppo.Args(micro_batch=2)
     rows = [{"prompt": CHAT, "response_ids": ids, "response": "", "truncated": ids[-1] != 1}
             for ids in ([12, 1], [1], [10, 9, 12, 14, 8, 1], [10, 9, 12])]
-    got = train_ppo.model_scores(reward_model, rows, load_tokenizer(chain.sft), args, CPU)
+    got = rl.model_scores(reward_model, rows, run_of(load_tokenizer(chain.sft), micro_batch=2))
     for row, reward in zip(rows, got):
         ids = torch.tensor([chat_ids(tokenizer, CHAT) + row["response_ids"]])
         with torch.no_grad():
@@ -158,11 +145,11 @@ def test_a_reward_model_of_another_vocabulary_reads_the_text(models_folder, chai
     word_tokenizer(words).save_pretrained(tmp_path)
     reward_model = load_reward_model(tmp_path, torch.float32)
     model, tokenizer, *scale = reward_model
-    policy_tokenizer, args = load_tokenizer(chain.sft), train_ppo.Args(micro_batch=2)
+    policy_tokenizer = load_tokenizer(chain.sft)
     ids = answer_ids(policy_tokenizer, "yes it is red .")
     rows = [{"prompt": CHAT, "response": "yes it is red .", "truncated": cut, "response_ids": ids[:6 - cut]}
             for cut in (False, True)]
-    got = train_ppo.model_scores(reward_model, rows, policy_tokenizer, args, CPU)
+    got = rl.model_scores(reward_model, rows, run_of(policy_tokenizer, micro_batch=2))
     whole = reward_scores(model, tokenizer, [(CHAT, "yes it is red .")], CPU, 1)[0]
     cut = reward_scores(model, tokenizer, [(CHAT, answer_ids(tokenizer, "yes it is red .")[:-1])], CPU, 1)[0]
     assert got == pytest.approx([whole, cut], abs=1e-5) and abs(whole - cut) > 1e-3
@@ -175,8 +162,8 @@ def test_a_reward_model_that_ends_answers_otherwise_reads_the_text(baseline, cha
     tokenizer.eos_token = "."
     rows = [{"prompt": CHAT, "response": "yes it is red", "truncated": False,
              "response_ids": answer_ids(load_tokenizer(chain.sft), "yes it is red")}]
-    got = train_ppo.model_scores((model, tokenizer, center, scale), rows, load_tokenizer(chain.sft),
-                                 train_ppo.Args(micro_batch=1), CPU)
+    got = rl.model_scores((model, tokenizer, center, scale), rows,
+                          run_of(load_tokenizer(chain.sft), micro_batch=1))
     wanted, = reward_scores(model, tokenizer, [(CHAT, "yes it is red")], CPU, 1)
     assert answer_ids(tokenizer, "yes it is red") != rows[0]["response_ids"]
     assert got == pytest.approx([(wanted - center) / scale], abs=1e-5)
@@ -186,7 +173,7 @@ def test_a_reward_model_that_ends_answers_otherwise_reads_the_text(baseline, cha
 
 def test_reward_model_and_reference_stay_and_policy_and_critic_move(baseline, chain):
     (reward, reward_before), (reference, reference_before) = baseline.frozen
-    assert reward.config.num_labels == 1 and reference.lm_head  # these two models, in this order
+    assert reward.config.num_labels == 1 and reference.lm.lm_head  # these two models, in this order
     assert fingerprint(reward) == reward_before and fingerprint(reference) == reference_before
     assert not any(p.requires_grad or p.grad is not None for m in (reward, reference) for p in m.parameters())
     start, end = load_file(chain.sft / "model.safetensors"), load_file(baseline.ppo / "model.safetensors")
@@ -212,7 +199,7 @@ def test_during_warm_up_only_the_critic_learns(baseline, chain, flags, tmp_path,
               output_dir=tmp_path / "all")
     start, end = load_file(chain.sft / "model.safetensors"), load_file(tmp_path / "all/model.safetensors")
     assert all(torch.equal(start[name], end[name]) for name in start)
-    assert fingerprint(updates[0][0][1].module) != baseline.start
+    assert fingerprint(updates[0][0][0].critic.module) != baseline.start
     rows = metrics(tmp_path / "all")
     assert [row["objective/kl"] for row in rows] == [0, 0, 0] and rows[-1]["objective/kl_coef"] == 0.2
     assert all(row["loss/value_avg"] > 0 and row["critic/grad_norm"] > 0 for row in rows)
@@ -235,7 +222,7 @@ def test_ppo_makes_what_is_rewarded_more_likely(sign, baseline, chain, flags, tm
                  for ids in (row["response_ids"] for row in rows)]
         shares.append(np.mean(found))
         return [sign * x for x in found]
-    monkeypatch.setattr(train_ppo, "model_scores", share)
+    monkeypatch.setattr(rl, "model_scores", share)
     run_stage(train_ppo, **{**flags.ppo, "max_steps": 20, "rollout_batch": 16, "micro_batch": 16, "lr": 3e-3},
               sft_model=chain.sft, reward_model=baseline.rm, kl_coef=0.0, eval_every=0, output_dir=tmp_path)
     start, end = np.mean(shares[:3]), np.mean(shares[-5:])
@@ -245,21 +232,21 @@ def test_ppo_makes_what_is_rewarded_more_likely(sign, baseline, chain, flags, tm
 def test_beta_kl_and_a_missing_eos_are_taken_off_the_rewards(baseline, chain, flags, tmp_path, monkeypatch):
     """What main hands to token_rewards on a policy that has left the reference: beta (log pi_old - log
     pi_ref) of each token, and the missing-EOS penalty once, on the last token of a truncated answer."""
-    monkeypatch.setattr(train_ppo, "model_scores", lambda reward_model, rows, *rest: [0.0] * len(rows))
+    monkeypatch.setattr(rl, "model_scores", lambda reward_model, rows, *rest: [0.0] * len(rows))
     given = []
     recorded(monkeypatch, train_ppo, "token_rewards", given)
     scored = []
     recorded(monkeypatch, train_ppo, "score", scored)
     run_stage(train_ppo, **{**flags.ppo, "max_steps": 4}, sft_model=chain.sft, reward_model=baseline.rm,
               kl_coef=0.5, kl_target=0, missing_eos_penalty=0.25, eval_every=0, output_dir=tmp_path)
-    for ((_, penalty, mask), rewards), (score_args, (batch, old, ref, *_)) in zip(given, scored):
-        for i, row in enumerate(score_args[4]):
+    for ((_, penalty, _), rewards), ((_, rows, _), found) in zip(given, scored, strict=True):
+        for i, row in enumerate(rows):
             T = len(row["response_ids"])
-            wanted = (0.5 * (old - ref))[i, :T].tolist()
+            wanted = (0.5 * (found.logp - found.ref_logp))[i, :T].tolist()
             wanted[-1] += 0.25 * row["truncated"]
             assert penalty[i, :T].tolist() == pytest.approx(wanted, abs=1e-6)
             assert rewards[i, :T].tolist() == pytest.approx([-x for x in wanted], abs=1e-6)
-    assert any(row["truncated"] for args, _ in scored for row in args[4])
+    assert any(row["truncated"] for (_, rows, _), _ in scored for row in rows)
 
 
 def test_the_early_stop_ends_a_steps_updates(baseline, chain, flags, tmp_path):
@@ -272,7 +259,7 @@ def test_the_early_stop_ends_a_steps_updates(baseline, chain, flags, tmp_path):
 
 def test_a_critic_learns_a_constant_reward(baseline, chain, flags, tmp_path, monkeypatch):
     """Every answer is worth 1: the critic's values go to 1 and the loss falls."""
-    monkeypatch.setattr(train_ppo, "model_scores", lambda reward_model, rows, *rest: [1.0] * len(rows))
+    monkeypatch.setattr(rl, "model_scores", lambda reward_model, rows, *rest: [1.0] * len(rows))
     run_stage(train_ppo, **{**flags.ppo, "max_steps": 12, "critic_lr": 1e-2}, sft_model=chain.sft,
               reward_model=baseline.rm, critic_warmup=12, cliprange_value=10, output_dir=tmp_path)
     rows = metrics(tmp_path)
@@ -287,10 +274,7 @@ def test_lora_trains_policy_and_critic_and_saves_a_plain_policy(baseline, chain,
     run_stage(train_ppo, **{**flags.ppo, "lr": 1e-2}, sft_model=chain.sft, reward_model=baseline.rm, lora_r=4,
               output_dir=tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
-    engine, critic = updates[0][0][:2]
-    for model in (engine.module, critic.module):
-        trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        assert trained and all("lora_" in name or "modules_to_save" in name for name in trained)
+    engine, critic = updates[0][0][0].policy, updates[0][0][0].critic
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.tensor([[0, 3, 6, 9, 15, 27, 7, 4, 6, 12, 9]])
     with torch.no_grad():
@@ -310,9 +294,9 @@ def test_the_reward_model_learns_the_datas_preference(chain, flags, tmp_path):
 
 def test_a_reward_model_of_all_pairs_sees_more_of_the_same_prompts(chain, flags, tmp_path, capsys):
     """--pairs all: the rows are those of data.all_pairs, and the share of the prompts is the same."""
-    tokenizer, records = load_tokenizer(chain.sft), read_data(flags.rm["data"], False, log=lambda *text: None)
-    found = {kind: train_rm.preference_rows(records, tokenizer, train_rm.Args(
-        data=flags.rm["data"], max_length=64, pairs=kind)) for kind in ("one", "all")}
+    tokenizer = load_tokenizer(chain.sft)
+    found = {kind: train_rm.preference_rows(tokenizer, train_rm.Args(data=flags.rm["data"], max_length=64,
+                                                                     pairs=kind)) for kind in ("one", "all")}
     for one, all_ in zip(found["one"], found["all"]):
         assert len(all_) > len(one) > 0
         assert {tuple(prompt) for prompt, *_ in one} == {tuple(prompt) for prompt, *_ in all_}

@@ -42,7 +42,7 @@ def question_of(row):
     return row["prompt"][-1]["content"]
 
 
-@cache                # there are only 384 questions
+@cache  # there are only 384 questions
 def answer_ids(question, tokenizer):
     """Token ids of the 36 answers, EOS appended: tuple of 36 tuples."""
     encoded = tokenizer(answers(question), add_special_tokens=False)["input_ids"]

@@ -20,7 +20,7 @@ formula,
 Texts are words separated by single spaces; one word is one token. A prompt is identified by its text.
 """
 from collections import namedtuple
-from functools import lru_cache, cache
+from functools import cache, lru_cache
 from itertools import product
 
 
