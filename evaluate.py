@@ -1,16 +1,17 @@
-"""Judge what the other scripts trained: a value model, single answers, policies, whole runs.
+"""Evaluate what the other scripts trained: a value model, single answers, policies, whole runs.
 
-gvm     How well the global value model ranks held-out pairs (Table 4) and how well it is calibrated. Both
-        answers of a pair are valued under ONE tau, lent by the good one's and the bad one's policy in turn:
-        under its own policy's tau each (own_tau) a model could rank by recognizing the policy, which is worth
-        nothing in RL, where all rows share one policy. Three baselines: more tokens win; the policy with the
-        higher mean score in training wins; the answer whose own tau has the longer answers wins.
-        Intervals: 95 %, bootstrap over groups (prompts, or what the data calls a group), not over pairs.
-        With --reference_fn, how far every value is from the exact one and from the Bayes estimate, before the
-        token that decides the answer (slot 0, the last prompt token, included) and from it on.
-values  The value of every token of two or more answers to one question (Figure 4), as text or as a page.
-policy  Policies on held-out prompts, one sampled answer each: scores, win/tie/lose against the first policy,
-        KL from the first policy [nats per response], length [tokens], share of truncated answers.
+gvm     How often the value model ranks the better answer of a held-out pair higher (Table 4), and how close its
+        values are to the rewards. tau: K questions and answers that tell it whose answers it values. Both of
+        a pair get the same tau, once of the better one's policy and once of the worse one's. With a tau of its
+        own policy for each (own_tau) a model could rank by recognizing the policy, which is worth nothing in
+        RL, where all answers come from one policy. Baselines: the longer answer; the policy with the higher
+        mean score in training (policy mean); the own tau with the longer answers (tau only).
+        Intervals: 95 %, bootstrap over groups of dependent pairs (of one prompt, or one `group` of the data).
+        With --reference_fn: how far the values are from the exact ones and from the Bayes estimate, before the
+        token that decides the answer and from it on.
+values  The value of every token of two or more answers to one question (Figure 4), as text or as a web page.
+policy  Policies on held-out prompts, one sampled answer each: scores, win / tie / lose against the first
+        policy, KL from the first policy [nats per response], length [tokens], share of truncated answers.
 plot    Curves of runs over steps (Figure 3), with a band of one standard deviation over the seeds of a label.
 
     python evaluate.py gvm                                            the toy, on one CPU rank
@@ -19,9 +20,9 @@ plot    Curves of runs over steps (Figure 3), with a band of one standard deviat
     python evaluate.py policy --policies sft=runs/toy/sft dvpo=runs/toy/dvpo
     python evaluate.py plot --runs dvpo=runs/toy/dvpo --png curves.png
 
-Reads the test share of the data (10 % of the prompts), models, logs; writes what --json, --html .. name.
+Reads the held-out 10 % of the prompts, models, logs; writes the files that --json, --html, --out, --png name.
 
-Legend: B rows, P prompt slots (left padded, tau included), R response slots (right padded), T tokens.
+Legend: B rows, P prompt columns (left padded, tau included), R response columns (right padded).
 """
 
 import html
@@ -49,6 +50,7 @@ from plumbing.files import read_rows
 from plumbing.folders import stage_folder
 from plumbing.ranks import init_distributed
 from plumbing.rows import responses_that_fit
+from plumbing.table import percent, plus_minus, print_table, win_tie_lose
 
 
 @dataclass
@@ -57,30 +59,30 @@ class Args:
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file
     value_model: str = ""  # the GVM's folder, default runs/<model name>/gvm
     split_seed: int = 0  # seed of the split by prompt; keep it the same in every stage
-    allow_dropped: bool = False  # go on when more than 10 % of the responses had to be dropped
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights
+    allow_dropped: bool = False  # continue when more than 10 % of the responses had to be dropped
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # number format of the weights
     micro_batch: int = 8  # rows of one forward pass
-    seed: int = 1  # choice of rows, draws of tau, sampling
-    json: str = ""  # write what is shown to this file
-    pairs: int = 1000  # gvm: at most this many held-out pairs, and twice as many responses in calibration
-    reference_fn: str = ""  # gvm: module:function giving exact and Bayes values, e.g. toy.reference:values
-    reference_rows: int = 480  # gvm: at most this many responses compared with them
-    unseen_data: str = ""  # gvm: like --data, for --reference_fn, of policies the GVM was not trained on
-    question: str = ""  # values: default a held-out one, with a good and a bad response
+    seed: int = 1  # of the choice of rows, the draws of tau and the sampling
+    json: str = ""  # write the results to this file
+    pairs: int = 1000  # gvm: at most this many held-out pairs; calibration takes twice as many responses
+    reference_fn: str = ""  # gvm: module:function of exact and Bayes values, e.g. toy.reference:values
+    reference_rows: int = 480  # gvm: compare at most this many responses with --reference_fn
+    unseen_data: str = ""  # gvm: data of policies that the GVM was not trained on, for --reference_fn
+    question: str = ""  # values: default a held-out one, with its better and its worse response
     responses: list[str] = field(default_factory=list)  # values: the answers to --question, each in quotes
-    tau_policy: str = ""  # values: whose rows of --data tau is drawn from, default the most frequent policy
-    html: str = ""  # values: write a page that shows them to this file
+    tau_policy: str = ""  # values: policy in --data that tau is drawn from, default the most frequent one
+    html: str = ""  # values: write them as a web page to this file
     policies: list[str] = field(default_factory=list)  # policy: name=folder, default sft, dvpo, ppo
-    reward_model: str = ""  # policy: one-label sequence classifier that scores the answers
-    truth_fn: str = ""  # policy: module:function giving true rewards, called as fn(rows, policy, tokenizer)
+    reward_model: str = ""  # policy: folder of a reward model that scores the answers, too
+    truth_fn: str = ""  # policy: module:function(rows, policy, tokenizer) that gives true rewards
     prompts: int = 256  # policy: at most this many held-out prompts
     max_prompt_length: int = 1024  # policy: longer prompts are left out and counted [tokens]
     response_length: int = 1024  # policy: at most this many sampled tokens per answer [tokens]
-    temperature: float = 1.0  # policy: of the sampler and of the log-probs in KL; 0 is greedy, without KL
+    temperature: float = 1.0  # policy: of sampling and of the log-probs in the KL; 0 is greedy, without KL
     out: str = ""  # policy: write the answers with their scores to this jsonl file
     runs: list[str] = field(default_factory=list)  # plot: label=folder; folders of one label are seeds
-    metrics: list[str] = field(default_factory=list)  # plot: default reward, value, KL, length
-    png: str = ""  # plot: the picture, default curves.png
+    metrics: list[str] = field(default_factory=list)  # plot: names in metrics.jsonl; default reward, value, KL, length
+    png: str = ""  # plot: file of the picture, default curves.png
 
 
 PERCENTILES = {"P1": 1, "P5": 5, "P10": 10, "P90": 90, "P95": 95, "P99": 99}
@@ -94,7 +96,7 @@ def hits(good, bad):
 
 
 def accuracy(hit, groups, draws=1000):
-    """Mean of hits [N] and its 95 % interval, by bootstrap over their N groups: inside one they depend."""
+    """Mean of hits [N] and its 95 % interval, by bootstrap over groups [N]: those of one group are dependent."""
     _, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     total, count = np.bincount(index, hit), np.bincount(index)
     picks = keyed_rng(0).integers(len(count), size=(draws, len(count)))
@@ -117,7 +119,7 @@ Gvm = namedtuple("Gvm", "model tokenizer settings device micro_batch")
 
 
 def open_gvm(args, device):
-    """The value model with its tokenizer and gvm.json, held to the split that it was trained under."""
+    """The value model with its tokenizer and gvm.json, refused if it was trained under another split."""
     folder = stage_folder(args.model, "gvm", args.value_model, "--value_model", "train_gvm.py")
     settings = gvm_settings(folder)
     if settings["split_seed"] != args.split_seed:
@@ -131,9 +133,9 @@ def open_gvm(args, device):
 
 @torch.no_grad()
 def token_values(gvm, jobs):
-    """Values along each response: slot 0 is V(s_1), read at the last prompt token, slot t is Q after token t.
+    """Values along each response: V(s_1), read at the last prompt token, then Q_t at each of its tokens t.
 
-    jobs: list of (prompt ids, response ids), tau included in the prompt;  returns list of [1 + T] float64
+    jobs: list of (prompt ids with tau, response ids);  returns list of [1 + length of the response] float64
     """
     found = []
     for start in tqdm(range(0, len(jobs), gvm.micro_batch), "values", disable=None):  # a bar on a terminal
@@ -146,14 +148,14 @@ def token_values(gvm, jobs):
 
 
 def under_tau(gvm, pool, policy, rows, rng):
-    """[(tau + prompt ids, response ids)] of rows of one group, and tau: K questions and answers of `policy`.
+    """Draw one tau, K questions and answers of `policy`, and put it before the prompts of rows of one group.
 
-    They are of other groups, and fewer where it has fewer or, as in training, where the context ends: the
-    first ones are left out first.
+    tau comes from other groups. It has fewer than K where the policy has fewer or where, as in training, they
+    do not fit into the context: the first ones are left out.  returns [(prompt ids, response ids)], tau
     """
     k, context, group = gvm.settings["k"], gvm.settings["context"], rows[0]["group"]
-    lent = pool[policy] if k else []
-    others = (lent[i] for i in rng.permutation(len(lent)) if lent[i]["group"] != group)
+    answers = pool[policy] if k else []
+    others = (answers[i] for i in rng.permutation(len(answers)) if answers[i]["group"] != group)
     tau = [cut_pair(gvm.tokenizer, row["prompt"], row["response"], gvm.settings) for row in islice(others, k)]
     for first in range(len(tau) + 1):
         jobs = [(chat_ids(gvm.tokenizer, row["prompt"], tau[first:]), row["response_ids"]) for row in rows]
@@ -164,17 +166,17 @@ def under_tau(gvm, pool, policy, rows, rng):
 
 
 def values_under_own_tau(gvm, rows, pool, seed):
-    """([1 + T] values, tau) of each row, tau drawn from its own policy's rows: two lists."""
+    """(values, taus): token values of each row under a tau of its own policy, and these taus."""
     found = [under_tau(gvm, pool, row["policy"], [row], keyed_rng(seed, 1, i)) for i, row in enumerate(rows)]
     return token_values(gvm, [job for (job,), _ in found]), [tau for _, tau in found]
 
 
 def read_held_out(source, gvm, args):
-    """The responses of a source as rows, which bring prompt, group, policy, response, score and share.
+    """The responses of --data or --unseen_data as rows: prompt, group, policy, response, score, split.
 
-    returns  rows   responses of the test share that are no longer than those of training, with response_ids
+    returns  rows   held-out responses that are no longer than those of training, with response_ids
              pairs  (good, bad) of them, one of each record that prefers an answer
-             pool   {policy: its rows of the value and test shares}, for tau;  and {reason: number left out}
+             pool   {policy: its rows of the value and test splits}, for tau;  and {reason: number left out}
     """
     records, limit = read_data(source, args.allow_dropped), gvm.settings["max_length"]
     if gvm.settings["k"] and not has_policy_names(records):
@@ -182,12 +184,12 @@ def read_held_out(source, gvm, args):
                        "this needs a GVM trained with --k 0.")
     rows, pairs, pool, left_out = [], [], defaultdict(list), Counter()
     for record in records:
-        share = split_of(prompt_text(record["prompt"]), args.split_seed)
+        split = split_of(prompt_text(record["prompt"]), args.split_seed)
         for row in record["responses"]:
-            row.update(prompt=record["prompt"], group=record["group"], response=row["text"], share=share)
-            if share in ("value", "test"):
+            row.update(prompt=record["prompt"], group=record["group"], response=row["text"], split=split)
+            if split in ("value", "test"):
                 pool[row["policy"]].append(row)
-        if share != "test":
+        if split != "test":
             continue
         _, fitting = responses_that_fit(record, gvm.tokenizer, limit)
         rows += fitting
@@ -211,19 +213,19 @@ def rank_pairs(gvm, pairs, pool, seed):
     """Accuracy by each statistic under one shared tau and under own taus, the baselines, and mean values."""
     jobs, tau_length, shortened, k = [], [], 0, gvm.settings["k"]
     for i, pair in enumerate(pairs):
-        for turn, lender in enumerate(pair if k else pair[:1]):
-            found, tau = under_tau(gvm, pool, lender["policy"], pair, keyed_rng(seed, 0, i, turn))
+        for turn, owner in enumerate(pair if k else pair[:1]):
+            found, tau = under_tau(gvm, pool, owner["policy"], pair, keyed_rng(seed, 0, i, turn))
             jobs, shortened = jobs + found, shortened + (len(tau) < k)
             tau_length.append(np.mean([len(answer_ids(gvm.tokenizer, a)) for _, a in tau]) if tau else 0.0)
     values = [v[1:] for v in token_values(gvm, jobs)]
     summary = np.array([[v.mean(), *np.percentile(v, [*PERCENTILES.values()])] for v in values])
-    summary = summary.reshape(len(pairs), -1, 2, len(STATISTICS))  # [pair, lender of tau, good or bad, 7]
+    summary = summary.reshape(len(pairs), -1, 2, len(STATISTICS))  # [pair, tau's owner, good or bad, 7]
     shared = hits(summary[:, :, 0], summary[:, :, 1]).mean(1)      # [pair, 7]
     own = hits(summary[:, 0, 0], summary[:, -1, 1])                # [pair, 7]
     good, bad = zip(*pairs)
     baselines = {"longer answer": hits(*[[len(row["response_ids"]) for row in side] for side in (good, bad)])}
     if None not in pool:  # policies have names, and named responses have scores
-        means = {policy: np.mean([row["score"] for row in rows if row["share"] == "value"] or [0.0])
+        means = {policy: np.mean([row["score"] for row in rows if row["split"] == "value"] or [0.0])
                  for policy, rows in pool.items()}
         baselines["policy mean"] = hits(*[[means[row["policy"]] for row in side] for side in (good, bad)])
     if k:
@@ -237,9 +239,10 @@ def rank_pairs(gvm, pairs, pool, seed):
 
 
 def calibrate(gvm, rows, pairs, pool, args):
-    """Final-token value, under the own policy's tau, against the reward as the GVM was taught it.
+    """Value of the last token, under a tau of the own policy, against the reward that the GVM was trained on.
 
-    Of a GVM taught by scores all responses count: the best alone would be lucky. None if there is no score.
+    A GVM trained on scores is checked on all responses: the best ones alone would have lucky scores. None if
+    no response has a score.
     """
     reward = gvm.settings["reward"]
     if reward["kind"] == "preference":
@@ -314,14 +317,14 @@ def evaluate_gvm(args, device):
 # ---- values ------------------------------------------------------------------------------------------------
 
 def token_texts(tokenizer, ids):
-    """What each token adds to the text. A character of several tokens appears at the last of them."""
+    """What each token adds to the text. A character that takes several tokens appears at the last."""
     starts = [tokenizer.decode(ids[:t], clean_up_tokenization_spaces=False) for t in range(len(ids) + 1)]
     starts = [text.rstrip("\ufffd") for text in starts]  # the mark of half a character
     return [after[len(before):] for before, after in zip(starts, starts[1:])]
 
 
 def colour(value, low, high):
-    """[red, green, blue], light enough for dark text: red at low, pale yellow half way, green at high."""
+    """[red, green, blue], light enough for dark text: from red at low over pale yellow to green at high."""
     x = 0.5 if high == low else (value - low) / (high - low)
     ends = (244, 255, 140), (150, 247, 210), (140, 205, 150)
     return [round(np.interp(x, (0, 0.5, 1), channel)) for channel in ends]
@@ -445,7 +448,7 @@ def sequence_logprobs(policy, rows, tokenizer, args, device):
 
 
 def answers_of(folder, prompts, truth, tokenizer, args, device):
-    """One policy's answers, with log-probs and true rewards. The model is let go of when this returns."""
+    """One policy's answers, with log-probs and true rewards. The model is freed when this returns."""
     policy = open_policy(folder, tokenizer, args, device)
     seeds = [int(keyed_rng(args.seed, 2, i).integers(2**62)) for i in range(len(prompts))]  # for all policies
     answers = generate(policy, [row["prompt_ids"] for row in prompts], seeds, args.response_length,
@@ -474,7 +477,7 @@ def add_gvm_scores(answers, tokenizer, args, device):
 
 
 def policy_report(rows, first):
-    """What is shown of one policy. rows, first: its answers and the first policy's, prompt by prompt."""
+    """Results of one policy. rows, first: its answers and the first policy's, prompt by prompt."""
     def mean_and_error(values):
         error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
         return {"mean": float(np.mean(values)), "stderr": error}
@@ -493,7 +496,7 @@ def policy_report(rows, first):
 
 
 def held_out_prompts(args):
-    """{text: record} of the prompts of --data that are in the test share, each once."""
+    """{text: record} of the held-out prompts of --data, each once."""
     records = {prompt_text(r["prompt"]): r for r in read_data(args.data, args.allow_dropped)}
     return {text: r for text, r in records.items() if split_of(text, args.split_seed) == "test"}
 
@@ -542,7 +545,7 @@ def evaluate_policy(args, device):
 # ---- plot --------------------------------------------------------------------------------------------------
 
 def read_metrics(path):
-    """{metric: {step: value}} of a metrics.jsonl; a step logged twice counts as last logged."""
+    """{metric: {step: value}} of a metrics.jsonl; of a step that was logged twice the last line counts."""
     curves = defaultdict(dict)
     for where, row in read_rows(path):
         for name, value in row.items():
@@ -552,8 +555,7 @@ def read_metrics(path):
                 if value is not None:
                     curves[name][row["step"]] = float(value)
             except (ValueError, OverflowError):
-                raise BadInput(f"{where}: not a row of metrics, numbers with a whole `step`; remove "
-                               f"it.") from None
+                raise BadInput(f"{where}: not a row of metrics (numbers, whole `step`); remove it.") from None
     return curves
 
 
@@ -570,7 +572,7 @@ def mean_and_band(metric, label, seeds):
 
 
 def draw_band(axis, metric, label, seeds):
-    """The line of a label and its band; returns what mean_and_band does."""
+    """Draw the mean over the seeds of a label and its band; return what mean_and_band returns."""
     steps, mean, std = mean_and_band(metric, label, seeds)
     line, = axis.plot(steps, mean, label=label, marker="o" if len(steps) == 1 else None)
     axis.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -598,9 +600,57 @@ def evaluate_plot(args, device):
     return {"curves": result}
 
 
+# ---- tables of the results ---------------------------------------------------------------------------------
+
+def show_gvm(result):
+    ranking, fit = result["ranking"], result["calibration"]
+    good, bad = ranking["mean_value"].values()
+    left_out = ", ".join(f"{n} {what}" for what, n in result["left_out"].items()) or "nothing"
+    print_table(f"Accuracy on {ranking['pairs']} held-out pairs in {ranking['groups']} groups. K = {result['k']}; "
+                f"tau was shortened for {ranking['shortened_tau']} pairs.\n"
+                f"Mean value {good:.3f} of the better answers, {bad:.3f} of the worse. Left out: {left_out}.",
+                ["ranked by", "one tau for both\n[%] (95 % interval)", "each its own tau\n[%]"],
+                [[f"token values, {name}", percent(a["accuracy"], a), percent(ranking["own_tau"][name]["accuracy"])]
+                 for name, a in ranking["shared_tau"].items()]
+                + [[f"baseline, {name}", percent(a["accuracy"], a), None] for name, a in ranking["baselines"].items()])
+    if fit:
+        print_table(f"Calibration: last token's value against the reward, {fit['n']} responses, RMSE {fit['rmse']:.3f}",
+                    ["bin by value", "responses", "mean value", "mean reward"],
+                    [[i, *part.values()] for i, part in enumerate(fit["bins"], 1)])
+    errors = [(half, name) for half in ("before", "decided") for name in ("gvm_exact", "gvm_bayes", "bayes_exact")]
+    print_table("RMSE of the values before the token that decides the answer, and from it on",
+                ["policies", *(f"{half}\n{name}" for half in ("before", "from it on")
+                               for name in ("to exact", "to Bayes", "Bayes to exact"))],
+                [[f"{kind}, {policy}", *(found[half].get(name) for half, name in errors)]
+                 for kind, all_of in result.get("reference", {}).items()
+                 for policy, found in {"all": all_of, **all_of["policies"]}.items()])
+
+
+def show_policy(result):
+    first, policies = result["first"], result["policies"]
+    names = {score: {"truth": "true reward", "gvm": "GVM value"}.get(score, score)
+             for score in policies[first]["scores"]}
+    print_table(f"{result['prompts']} held-out prompts, one answer each at temperature {result['temperature']:g}, "
+                f"against {first} ({result['reference']})\nmean ± standard error over the prompts",
+                ["policy", *names.values(), "KL\n[nats]", "length\n[tokens]", "truncated\n[%]",
+                 *(f"win / tie / lose [%]\nby {name}" for name in names.values())],
+                [[policy, *(plus_minus(found["scores"][score]) for score in names), plus_minus(found["kl"]),
+                  f"{found['length']:.1f}", percent(found["truncated"]),
+                  *(None if policy == first else win_tie_lose(found["against_first"][score]) for score in names)]
+                 for policy, found in policies.items()])
+
+
+def show_plot(result):
+    print_table(f"Curves, means over the seeds of a label; drawn in {result['args']['png'] or 'curves.png'}",
+                ["metric", "label", "seeds", "steps", "first", "last", "highest"],
+                [[metric, label, *found.values()] for metric, labels in result["curves"].items()
+                 for label, found in labels.items()], left=2)
+
+
 # ---- command line ------------------------------------------------------------------------------------------
 
 COMMANDS = {"gvm": evaluate_gvm, "values": evaluate_values, "policy": evaluate_policy, "plot": evaluate_plot}
+TABLES = {"gvm": show_gvm, "policy": show_policy, "plot": show_plot}  # `values` prints its texts itself
 
 
 def named_paths(flag, specs, stages, file, args):
@@ -620,33 +670,14 @@ def split_words(flag, specs):
     return [spec.split("=", 1) for spec in specs]
 
 
-def show(result):
-    """What --json holds, as tables: one for all the dicts, at whatever depth, that have the same names."""
-    tables, todo = defaultdict(list), [("", result)]
-    for path, tree in todo:  # grows while it is walked
-        tree = tree if isinstance(tree, dict) else dict(enumerate(tree, 1))
-        plain = {name: value for name, value in tree.items() if not isinstance(value, (dict, list))}
-        todo += [(f"{path} {name}".strip(), value) for name, value in tree.items() if name not in plain]
-        cells = ["-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in plain.values()]
-        if plain:
-            tables[tuple(plain)].append([path, *cells])
-    for names, rows in tables.items():
-        lines = [["", *names], *rows]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        print()
-        for path, *cells in lines:
-            print("  ".join([path.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
-
-
 def main(argv=None):
     command, args = command_args(Args, COMMANDS, argv, outputs=("json", "html", "out", "png"))
     device = init_distributed()[2] if command != "plot" else None
-    result = COMMANDS[command](args, device)
-    if command != "values":  # which shows texts
-        show(result)
-    result = {"command": command, "args": vars(args), **result}
+    result = {"command": command, "args": vars(args), **COMMANDS[command](args, device)}
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    if command in TABLES:
+        TABLES[command](result)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ accumulated by GAE and normalized over the batch, is its advantage:
             rho_t = pi(a_t | s_t) / pi_old(a_t | s_t)
 Why no terminal score: Q already estimates the return of every token, the reward at the end included.
 Why no critic: tau, K recent questions and answers of the policy, tells the one frozen GVM whom it is valuing.
+Another reward: train the GVM on it (train_gvm.py --reward), or give values of your own with --value_fn.
 
 Departures from the paper:
 D1  The KL penalty is inside N, so that beta is in units of the GVM's reward. As N divides by sigma (logged as
@@ -236,7 +237,8 @@ def gvm_values(gvm, rows, tau, run):
 
 def update(models, scored, advantage, step, run):
     """--ppo_epochs passes of clipped policy gradient over a rollout batch, in optimizer batches of
-    micro_batch x accum_steps rows a rank. advantage: [B, R]
+    micro_batch x accum_steps rows a rank: that is ppo_epochs x rollout_batch / (micro_batch x accum_steps)
+    optimizer steps, or fewer after an early stop. advantage: [B, R]
 
     returns (metrics averaged over the tokens of all updates, largest |ratio - 1| of the first micro batch)
     """

@@ -118,13 +118,13 @@ def free_port():
 
 
 def start(words, ranks=1, log=subprocess.PIPE):
-    """A run as a process group of its own, under the launcher on several ranks; its output goes into a pipe, or
-    into the file `log`."""
+    """A run as a process group of its own, under the launcher on several ranks; its output goes into a pipe,
+    or into the file `log`."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port",
                 str(free_port())]
     return subprocess.Popen((launcher if ranks > 1 else [sys.executable]) + list(map(str, words)), cwd=ROOT,
-                            env=clean_env(), text=True, start_new_session=True,
-                            stdout=log if log is subprocess.PIPE else open(log, "w"), stderr=subprocess.STDOUT)
+                            env=clean_env(), text=True, start_new_session=True, stderr=subprocess.STDOUT,
+                            stdout=log if log is subprocess.PIPE else open(log, "w"))
 
 
 def fingerprint(model):
@@ -245,4 +245,5 @@ def baseline(chain, flags, tmp_path_factory):
         run_stage(train_ppo, **flags.ppo, sft_model=chain.sft, reward_model=folder / "rm",
                   output_dir=folder / "ppo")
     return SimpleNamespace(rm=folder / "rm", ppo=folder / "ppo", rm_engine=saved[0][0][0],
-                           policy=saved[1][0][0], critic=updates[0][0][0].critic, frozen=frozen, start=critics[0])
+                           policy=saved[1][0][0], critic=updates[0][0][0].critic, frozen=frozen,
+                           start=critics[0])

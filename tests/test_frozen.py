@@ -15,8 +15,12 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
                           AutoModelForTokenClassification, AutoTokenizer)
 
 import sft
+import train_dpo
 import train_dvpo
 import train_gvm
+import train_ppo
+import train_remax
+import train_rm
 from common import load_gvm, load_policy, load_tokenizer, value_head
 from plumbing.errors import BadInput
 from conftest import clean_env, fingerprint, metrics, recorded, run_stage
@@ -68,6 +72,68 @@ def test_the_policy_moves_away_from_the_reference(chain):
     reference = {name.replace(".base_layer", ""): p for name, p in chain.frozen[0][0].lm.named_parameters()}
     policy = dict(chain.policy.module.lm.named_parameters())
     assert policy and not any(torch.equal(p, reference[name]) for name, p in policy.items())
+
+
+def names_of(chain):
+    """Names of the parameters of what can learn, from the SFT model's file."""
+    weights = set(load_file(chain.sft / "model.safetensors"))
+    linear = {name.removesuffix(".weight") for name in weights if "_proj." in name}  # all but the head
+
+    def adapter(name, front="base_model.model."):
+        return {f"{front}{layer}.lora_{matrix}.{name}.weight" for layer in linear for matrix in "AB"}
+
+    on_one_base = partial(adapter, front="adapters.base_model.model.")
+    head = "base_model.model.score.modules_to_save.default"
+    return {"policy": {f"lm.{name}" for name in weights}, "lora policy": on_one_base("policy"),
+            "critic": weights - {"lm_head.weight"} | {"score.weight", "score.bias"},
+            "lora values": adapter("default") | {f"{head}.weight", f"{head}.bias"},
+            "lora scores": adapter("default") | {f"{head}.weight"},
+            "shared": (on_one_base("policy") | on_one_base("critic")
+                       | {"heads.critic.weight", "heads.critic.bias"})}
+
+
+@pytest.mark.parametrize("stage, load, changes, wanted", [
+    (train_dvpo, "load_models", {}, {"policy": "policy"}),
+    (train_dvpo, "load_models", {"lora_r": 2}, {"policy": "lora policy"}),
+    (train_ppo, "load_models", {}, {"policy": "policy", "critic": "critic"}),
+    (train_ppo, "load_models", {"lora_r": 2}, {"policy": "lora policy", "critic": "lora values"}),
+    (train_ppo, "share_models", {"lora_r": 2, "share_base": True}, {"policy": "shared"}),
+    (train_remax, "load_models", {}, {"policy": "policy"}),
+    (train_remax, "load_models", {"lora_r": 2}, {"policy": "lora policy"}),
+    (train_dpo, "load_model", {}, {"": "policy"}),
+    (train_dpo, "load_model", {"lora_r": 2}, {"": "lora policy"}),
+    (train_gvm, "load_model", {}, {"": "lora values"}),
+    (train_rm, "load_model", {}, {"": "lora scores"})])
+def test_what_is_meant_to_learn_asks_for_gradients_and_nothing_else(stage, load, changes, wanted, chain,
+                                                                    baseline, flags, tmp_path, monkeypatch):
+    """By name, once the models are loaded and after a step in which each was asked in turn. The optimizer has
+    these parameters and no other, and no parameter of a reference of its own is among them."""
+    name, loaded, found = stage.__name__.removeprefix("train_"), [], []
+    original = getattr(stage, load)
+
+    def noted(*args):
+        models = original(*args)
+        loaded.append(stage.Models(*models) if load.endswith("models") else models)
+        found.append(trained())
+        return models
+
+    def trained():
+        result = {}
+        for role in wanted:
+            engine = getattr(loaded[0], role) if role else loaded[0]
+            result[role] = {name for name, p in engine.module.named_parameters() if p.requires_grad}
+            stepped = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
+            assert stepped == {id(p) for p in engine.module.parameters() if p.requires_grad}
+        return result
+    monkeypatch.setattr(stage, load, noted)
+    folders = {"dvpo": {"value_model": chain.gvm}, "ppo": {"reward_model": baseline.rm},
+               "remax": {"reward_model": baseline.rm}}.get(name, {})
+    run_stage(stage, **{**getattr(flags, name), "max_steps": 1, **changes}, **folders, sft_model=chain.sft,
+              output_dir=tmp_path)
+    meant = {role: names_of(chain)[part] for role, part in wanted.items()}
+    assert all(meant.values()) and found[0] == meant and trained() == meant
+    if load == "load_models" and not changes:  # with LoRA the reference is a role of the policy's model
+        assert not any(p.requires_grad for p in loaded[0].reference.func.parameters())
 
 
 def test_the_first_step_starts_from_ratio_1_and_kl_0(chain):

@@ -7,36 +7,49 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig
 from transformers import (AutoModelForCausalLM, CohereConfig, CohereForCausalLM, Gemma2Config,
                           Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM)
 
-import common
 import sft
 import train_dvpo
 import train_gvm
 import train_ppo
 import train_rm
-from common import (chat_ids, collate, generate, GumbelNoise, load_gvm, load_policy, load_reward_model,
-                    load_tokenizer, lora_targets, micro_batches, reward_scores, with_logprobs)
-from plumbing.lean import OneBase
-from conftest import metrics, recorded, run_stage
+from common import (chat_ids, collate, freeze, generate, GumbelNoise, load_gvm, load_policy,
+                    load_reward_model, load_tokenizer, lora_config, micro_batches, reward_scores, train_only,
+                    value_head)
+from conftest import metrics, recorded, run_of, run_stage
+from plumbing import lean
+from plumbing.checks import reward_scale
+from plumbing.lean import LogProbs, OneBase, SharedPrefix
 
 CPU, EOS = torch.device("cpu"), 1
 PROMPTS = [[0, 3, 6, 9], [0, 20], [0, 3, 6, 9, 15, 7], [0, 4]]
 RESPONSES = [[5, 1], [12, 4, 8, 9], [10, 9, 12, 14, 8, 1], [1]]
-ARGS = SimpleNamespace(temperature=0.7, response_length=6, micro_batch=2)
+FLAGS = {"temperature": 0.7, "response_length": 6, "micro_batch": 2}
 
 
 def batch_of(prompts=PROMPTS, responses=RESPONSES):
     return collate(prompts, responses, EOS)
 
 
+def inputs_of(batch):
+    return {"input_ids": batch.ids, "attention_mask": batch.attention, "position_ids": batch.positions}
+
+
 def plain_logprobs(model, batch, temperature):
-    """From the logits of every position, as the textbook has it: log-probs and entropy, [B, R]."""
-    logits = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions).logits
-    logp = torch.log_softmax(logits[:, batch.P - 1:-1].float() / temperature, -1)
-    return logp.gather(-1, batch.ids[:, batch.P:, None])[..., 0] * batch.mask, -(logp.exp() * logp).sum(-1)
+    """The definition of lean.response_logprobs, from the logits of every position: log-probs and entropy,
+    [B, R]."""
+    logits = model(**inputs_of(batch)).logits[:, batch.P - 1:-1].float() / temperature
+    logp = torch.log_softmax(logits, -1)
+    return (logp.gather(-1, batch.ids[:, batch.P:, None])[..., 0] * batch.mask,
+            -(logp.exp() * logp).sum(-1) * batch.mask)
+
+
+def asked_for_logprobs(model, batch, **settings):
+    """model, to be called for the log-probs of a batch's responses."""
+    return partial(model, **inputs_of(batch), states=slice(batch.P - 1, -1), actions=batch.ids[:, batch.P:],
+                   mask=batch.mask, **settings)
 
 
 def tiny(config, model, **extra):
@@ -64,8 +77,7 @@ def test_logprobs_in_chunks_are_the_plain_ones_with_their_gradients(name, chunks
     (wanted * weights).sum().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    ask = partial(with_logprobs(model), input_ids=batch.ids, attention_mask=batch.attention,
-                  position_ids=batch.positions, answers=batch.mask, temperature=0.7, chunks=chunks)
+    ask = asked_for_logprobs(LogProbs(model), batch, temperature=0.7, chunks=chunks)
     got, none = ask()
     assert none is None and torch.allclose(got, wanted, atol=1e-5)
     (got * weights).sum().backward()
@@ -74,17 +86,17 @@ def test_logprobs_in_chunks_are_the_plain_ones_with_their_gradients(name, chunks
     with torch.no_grad():
         got, found = ask()
     assert torch.allclose(got, wanted, atol=1e-5)
-    assert torch.allclose(found, entropy * batch.mask, atol=1e-4)
+    assert torch.allclose(found, entropy, atol=1e-4)
+    assert torch.equal(LogProbs(model)(**inputs_of(batch)).logits, model(**inputs_of(batch)).logits)
 
 
-def test_no_tensor_of_all_logits_is_made(models_folder, monkeypatch):
+def test_no_tensor_of_all_logits_is_made(models_folder):
     """The head sees answer tokens only, a chunk at a time, in both directions."""
     model = load_policy(models_folder / "llama", load_tokenizer(models_folder / "llama"), torch.float32)
     seen = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     batch = batch_of()
-    logp, _ = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
-                    answers=batch.mask, chunks=4)
+    logp, _ = asked_for_logprobs(LogProbs(model), batch, temperature=1.0, chunks=4)()
     logp.sum().backward()
     assert [shape[0] for shape in seen[:4]] == [4, 3, 3, 3] and len(seen) == 8  # 13 tokens, there and back
     assert sum(shape[0] for shape in seen[:4]) == batch.mask.sum()
@@ -108,10 +120,10 @@ def test_micro_batches_cover_every_row_once_and_hold_no_column_of_padding():
 @torch.no_grad()
 def test_bucketed_numbers_are_the_unbucketed_ones(models_folder):
     folder, batch = models_folder / "llama", batch_of()
-    model = load_policy(folder, load_tokenizer(folder), torch.float32).eval()
-    wanted, _ = train_dvpo.response_logprobs(model, batch, ARGS)
+    model = LogProbs(load_policy(folder, load_tokenizer(folder), torch.float32)).eval()
+    wanted, _ = train_dvpo.response_logprobs(model, batch, run_of(**FLAGS))
     for rows, part in micro_batches(batch, range(4), 2):
-        got, _ = train_dvpo.response_logprobs(model, part, ARGS)
+        got, _ = train_dvpo.response_logprobs(model, part, run_of(**FLAGS))
         assert torch.allclose(got, wanted[rows, :got.shape[1]], atol=1e-5)
         assert not wanted[rows, got.shape[1]:].any()
 
@@ -119,21 +131,24 @@ def test_bucketed_numbers_are_the_unbucketed_ones(models_folder):
 # ---- one copy of the weights ----
 
 def lora_of(model):
-    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=lora_targets(model), init_lora_weights=False)
+    return lora_config(model, "CAUSAL_LM", SimpleNamespace(lora_r=4, lora_alpha=8), init_lora_weights=False)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("lora", [False, True])
 def test_one_base_says_what_separate_models_say(lora, chain):
     """Reference, GVM and a LoRA policy, in turn and again: nothing of one role stays behind for the next."""
-    tokenizer, batch = load_tokenizer(chain.sft), batch_of()
-    inputs = {"input_ids": batch.ids, "attention_mask": batch.attention, "position_ids": batch.positions}
+    tokenizer, inputs = load_tokenizer(chain.sft), inputs_of(batch_of())
     reference = load_policy(chain.sft, tokenizer, torch.float32).eval()
     gvm = load_gvm(chain.gvm, torch.float32)[0].eval()
     base = load_policy(chain.sft, tokenizer, torch.float32)
     adapter = lora_of(base) if lora else None
     torch.manual_seed(3)
     one = OneBase(base, load_gvm(chain.gvm, torch.float32, lm=base)[0], adapter).eval()
+    if lora:
+        train_only(one, ".policy.")
+    else:
+        freeze(one, {}, CPU)
     policies = []
     for _ in range(2):
         assert torch.equal(one(role="reference", **inputs).logits, reference(**inputs).logits)
@@ -146,6 +161,31 @@ def test_one_base_says_what_separate_models_say(lora, chain):
     assert all(".policy." in name for name in trained) and bool(trained) == lora
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_one_base_never_changes_what_is_trained(lora, chain, baseline):
+    """Every other parameter asks for a gradient: still exactly these after each role, in turn and backwards,
+    in training and in generation."""
+    tokenizer, batch = load_tokenizer(chain.sft), batch_of()
+    base = load_policy(chain.sft, tokenizer, torch.float32)
+    if lora:
+        one = OneBase(base, lora=lora_of(base), reward=(baseline.rm, *reward_scale(baseline.rm)))
+    else:
+        one = OneBase(base, load_gvm(chain.gvm, torch.float32, lm=base)[0])
+    roles = ["reference", *(["policy", "critic", "reward"] if lora else ["gvm"])]
+    for i, p in enumerate(one.parameters()):
+        p.requires_grad_(i % 2 == 0)
+    marked = {name: p.requires_grad for name, p in one.named_parameters()}
+    assert len(set(marked.values())) == 2
+    for mode in (one.train, one.eval):
+        mode()
+        for role in roles + roles[::-1]:
+            one(role=role, **inputs_of(batch)).logits.sum().backward()
+            assert {name: p.requires_grad for name, p in one.named_parameters()} == marked, role
+    if lora:
+        generate(one, PROMPTS, range(4), 2, 1.0, tokenizer, CPU)
+    assert {name: p.requires_grad for name, p in one.named_parameters()} == marked
+
+
 def test_one_base_holds_one_copy(chain):
     """Its parameters are those of the reference, the GVM's adapter and head, and the policy's adapter."""
     tokenizer = load_tokenizer(chain.sft)
@@ -154,7 +194,7 @@ def test_one_base_holds_one_copy(chain):
     gvm = load_gvm(chain.gvm, torch.float32, lm=base)[0]
     adapter = sum(p.numel() for name, p in gvm.named_parameters() if "lora_" in name)
     one = OneBase(base, gvm, lora)
-    policy = sum(p.numel() for p in one.parameters() if p.requires_grad)
+    policy = sum(p.numel() for p in train_only(one, ".policy.")[0])
     heads = 2 * (32 + 1)  # peft keeps the head that it replaces
     assert policy > 0 and sum(p.numel() for p in one.parameters()) == weights + adapter + heads + policy
     paths = list(one.named_modules(remove_duplicate=False))
@@ -186,8 +226,9 @@ def test_reward_model_and_critic_on_one_base_say_what_separate_ones_say(chain, b
     reference = load_policy(chain.sft, tokenizer, torch.float32).eval()
     base = load_policy(chain.sft, tokenizer, torch.float32)
     one = OneBase(base, lora=lora_of(base), reward=(baseline.rm, center, scale)).eval()
+    learned = sum(train_only(one, ".policy.", ".critic."), [])
     batch = batch_of()
-    inputs = {"input_ids": batch.ids, "attention_mask": batch.attention, "position_ids": batch.positions}
+    inputs = inputs_of(batch)
     chats = [([{"role": "user", "content": "is thing1 red ?"}], "yes it is red"),
              ([{"role": "user", "content": "is it ?"}], "no .")]
     wanted = [(x - center) / scale for x in reward_scores(scores, rm_tokenizer, chats, CPU, 2)]
@@ -200,7 +241,7 @@ def test_reward_model_and_critic_on_one_base_say_what_separate_ones_say(chain, b
         assert not torch.allclose(one(**inputs).logits, reference(**inputs).logits)
     trained = [name for name, p in one.named_parameters() if p.requires_grad]
     assert all(".policy." in name or ".critic." in name for name in trained)
-    assert len(trained) == len(one.trained["policy"]) + len(one.trained["critic"]) > 0
+    assert len(trained) == len(learned) > 0
     assert "heads.critic.weight" in trained
 
 
@@ -208,12 +249,13 @@ def test_ppo_on_one_base_steps_as_with_separate_models(chain, baseline, flags, t
     """The first step of the policy, whose advantages come from the same scores and values; gradients are
     computed again in backward, which must find the critic's adapter on. In the second step the critic has
     moved, and the reward model has not."""
-    seen, one_base = [], train_ppo.OneBase
+    seen, one_base = [], OneBase
 
     def seeded(*args, **kwargs):
         torch.manual_seed(3)  # the policy's new adapter
         return one_base(*args, **kwargs)
-    monkeypatch.setattr(train_ppo, "OneBase", seeded)
+    for module in (train_ppo, lean):
+        monkeypatch.setattr(module, "OneBase", seeded)
     recorded(monkeypatch, train_ppo, "update", seen)
     run = {**flags.ppo, "sft_model": chain.sft, "reward_model": baseline.rm, "lora_r": 4, "lora_alpha": 64,
            "max_steps": 2, "max_grad_norm": 1e6, "gradient_checkpointing": True, "critic_lr": 1e-2}
@@ -223,16 +265,16 @@ def test_ppo_on_one_base_steps_as_with_separate_models(chain, baseline, flags, t
     for name in ("objective/scores", "objective/kl", "critic/mean", "advantages/std", "loss/policy_avg",
                  "policy/approxkl_avg", "val/ratio_var"):
         assert shared[0][name] == pytest.approx(apart[0][name], abs=1e-5), name
-    for name in ("objective/kl", "objective/scores", "policy/entropy_avg"):  # the policy moved as it did there
+    for name in ("objective/kl", "objective/scores", "policy/entropy_avg"):  # the policy moved as there
         assert shared[1][name] == pytest.approx(apart[1][name], abs=1e-4), name
     assert shared[1]["objective/kl"] != 0 and apart[0]["policy/updates"] > 1
-    one = seen[-1][0][0].module
+    one = seen[-1][0][0].policy.module
     weights = dict(one.named_parameters())
     moved = {name.replace(".critic.", ".reward.") for name, p in weights.items() if ".critic." in name
              and not torch.equal(p, weights[name.replace(".critic.", ".reward.")])}
     assert {"heads.reward.weight", "heads.reward.bias"} < moved and any("lora_B" in name for name in moved)
     base = load_policy(chain.sft, load_tokenizer(chain.sft), torch.float32)
-    fresh = OneBase(base, lora=lora_of(base), reward=(baseline.rm, *common.reward_scale(baseline.rm)))
+    fresh = OneBase(base, lora=lora_of(base), reward=(baseline.rm, *reward_scale(baseline.rm)))
     assert all(torch.equal(p, weights[name]) for name, p in fresh.named_parameters() if ".reward." in name)
     assert (tmp_path / "True/model.safetensors").exists()
 
@@ -248,22 +290,45 @@ def system(text):
 
 @pytest.mark.parametrize("systems", [("", "", ""), ("is", "is", "is"), ("is", "not", "")])
 def test_values_do_not_depend_on_reading_tau_once(systems, chain, monkeypatch):
-    """Against every row with its own tau. Unequal system messages leave little or nothing to share."""
+    """Against every row read alone, with its own tau. Behind unequal system messages no row begins with the
+    same tokens as the next, but for one or two."""
     tokenizer, gvm = load_tokenizer(chain.sft), load_gvm(chain.gvm, torch.float32)[0].eval()
-    torch.nn.init.normal_(common.value_head(gvm.get_base_model()).modules_to_save["default"].weight)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(value_head(gvm.get_base_model()).modules_to_save["default"].weight)
     rows = [{"prompt": system(s) + [{"role": "user", "content": f"is thing{i} {colour} ?"}],
              "response_ids": ids}
             for i, (s, colour, ids) in enumerate(zip(systems, ("red", "blue is it", "green"), RESPONSES))]
-    reads = []
-    read = train_dvpo.read_prefix
-    monkeypatch.setattr(train_dvpo, "read_prefix", lambda *args: reads.append(args[1]) or read(*args))
-    got = train_dvpo.gvm_values(gvm, rows, TAU, tokenizer, ARGS, CPU)
-    assert len(reads) == 1 and (len(set(systems)) > 1 or len(reads[0]) > 15)
-    for row, values in zip(rows, got):
-        alone = collate([chat_ids(tokenizer, row["prompt"], TAU)], [row["response_ids"]], EOS)
+    reads, prefixes = [], []
+    recorded(monkeypatch, train_dvpo, "SharedPrefix", prefixes)
+    hook = gvm.register_forward_pre_hook(lambda module, args, kwargs: reads.append(kwargs["input_ids"].shape),
+                                         with_kwargs=True)
+    got = train_dvpo.gvm_values(gvm, rows, TAU, run_of(tokenizer, **FLAGS))
+    hook.remove()
+    (_, prefix), = prefixes
+    (one, n), *micro = reads  # the prefix, then two micro batches of what is left
+    assert (one, n) == (1, prefix.cache.get_seq_length()) and [size for size, _ in micro] == [2, 1]
+    assert len(set(systems)) > 1 or n > 15
+    for row, values, rest in zip(rows, got, prefix.rest):
+        prompt, T = chat_ids(tokenizer, row["prompt"], TAU), len(row["response_ids"])
+        assert len(prompt) == n + len(rest)
         with torch.no_grad():
-            assert values == pytest.approx(train_dvpo.response_values(gvm, alone)[0].tolist(), abs=1e-5)
-    assert len(reads) == 1
+            alone = gvm(**inputs_of(batch_of([prompt], [row["response_ids"]]))).logits[0, len(prompt) - 1:, 0]
+        assert values[:1 + T].tolist() == pytest.approx(alone.tolist(), abs=1e-5)
+        assert not values[1 + T:].any()
+
+
+@torch.no_grad()
+def test_no_prefix_is_shared_without_a_use_or_under_sliding_windows(chain):
+    """Each prompt stays whole then, of a plain model and of a role on one base. What is shared ends before
+    the last token of the shortest prompt."""
+    base = load_policy(chain.sft, load_tokenizer(chain.sft), torch.float32)
+    prompts = [[0, 3, 6], [0, 3, 6, 9]]
+    assert SharedPrefix(base, prompts, True, CPU).rest == [[6], [6, 9]]
+    for model in (base, partial(OneBase(base), role="reference")):
+        assert SharedPrefix(model, prompts, False, CPU).rest == prompts
+        base.config.sliding_window = 8
+        assert SharedPrefix(model, prompts, True, CPU).rest == prompts
+        base.config.sliding_window = None
 
 
 # ---- sampling ----
@@ -284,7 +349,7 @@ def test_the_samplers_own_logprobs_are_the_training_forwards(models_folder, monk
     drawn = torch.stack(drawn, 1)                                                        # [B, R]
     batch = collate(PROMPTS, answers, EOS)
     with torch.no_grad():
-        logp, _ = train_dvpo.response_logprobs(model, batch, ARGS)
+        logp, _ = train_dvpo.response_logprobs(LogProbs(model), batch, run_of(**FLAGS))
     assert batch.mask.sum() > 8
     assert torch.allclose(logp[batch.mask], drawn[:, :logp.shape[1]][batch.mask], atol=1e-5)
 
@@ -297,11 +362,13 @@ def test_a_static_cache_samples_the_same(name, models_folder, monkeypatch):
     model = load_policy(folder, tokenizer, torch.float32)
     if name == "one base":
         model = OneBase(model, lora=lora_of(model))
-    kinds, generate_ = [], type(getattr(model, "lm", model)).generate
-    monkeypatch.setattr(type(getattr(model, "lm", model)), "generate", lambda self, ids, **kwargs: kinds.append(
+    kinds, family = [], type(getattr(model, "lm", model))
+    generate_ = family.generate
+    monkeypatch.setattr(family, "generate", lambda self, ids, **kwargs: kinds.append(
         (ids.shape[1], kwargs["generation_config"].cache_implementation)) or generate_(self, ids, **kwargs))
     for prompts in (PROMPTS, [PROMPTS[1] * 40, *PROMPTS[:3]]):
-        plain, static = (generate(model, prompts, seeds, 12, 0.7, tokenizer, CPU, static) for static in (False, True))
+        plain, static = (generate(model, prompts, seeds, 12, 0.7, tokenizer, CPU, static)
+                         for static in (False, True))
         assert plain == static and len(set(map(tuple, plain))) > 1
     assert kinds == [(6, None), (64, "static"), (80, None), (128, "static")]
 

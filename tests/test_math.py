@@ -80,7 +80,7 @@ def test_the_value_of_the_prompt_has_no_discount():
 
 
 def test_nothing_is_learned_behind_eos():
-    """Targets there are 0, and what the model says there changes neither the loss nor the number of values."""
+    """Targets there are 0, and what the model says there changes neither the loss nor the count of values."""
     q, reward, mask = ragged()
     behind = torch.cat([torch.zeros(len(mask), 1, dtype=torch.bool), ~mask], dim=1)
     assert (td_targets(q, reward, mask, 0.9, 0.5)[behind] == 0).all()

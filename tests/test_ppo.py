@@ -275,6 +275,9 @@ def test_lora_trains_policy_and_critic_and_saves_a_plain_policy(baseline, chain,
               output_dir=tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
     engine, critic = updates[0][0][0].policy, updates[0][0][0].critic
+    for model in (engine.module, critic.module):
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trained and all("lora_" in name or "modules_to_save" in name for name in trained)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.tensor([[0, 3, 6, 9, 15, 27, 7, 4, 6, 12, 9]])
     with torch.no_grad():
@@ -309,7 +312,8 @@ def test_a_reward_of_ones_own_needs_no_reward_model(chain, flags, tmp_path, monk
     """--reward_fn: its numbers are the scores, and the critic starts from the SFT model."""
     monkeypatch.setattr("toy_truth.constant", lambda rows, policy, tokenizer:
                         [float(len(row["response_ids"])) for row in rows])
-    run_stage(train_ppo, **flags.ppo, sft_model=chain.sft, reward_fn="toy_truth:constant", output_dir=tmp_path)
+    run_stage(train_ppo, **flags.ppo, sft_model=chain.sft, reward_fn="toy_truth:constant",
+              output_dir=tmp_path)
     rows = metrics(tmp_path)
     assert len(rows) == 3 and all(row["critic/grad_norm"] > 0 for row in rows)
     for row in rows:
@@ -377,8 +381,9 @@ def test_a_reward_model_that_has_not_been_trained(chain, flags, tmp_path, monkey
         run_stage(train_ppo, **flags.ppo, sft_model=chain.sft)
 
 
-@pytest.mark.parametrize("wrong, named", [({"lora_r": 0}, "--lora_r"), ({"critic_model": "sft"}, "--critic_model"),
-                                          ({"reward_model": "sft"}, "not LoRA on the SFT model")])
+@pytest.mark.parametrize("wrong, named", [
+    ({"lora_r": 0}, "--lora_r"), ({"critic_model": "sft"}, "--critic_model"),
+    ({"reward_model": "sft"}, "not LoRA on the SFT model")])
 def test_what_cannot_share_a_base(wrong, named, baseline, chain, flags):
     """No LoRA, a critic of its own, or a reward model with its own weights."""
     wrong = {name: chain.sft if value == "sft" else value for name, value in wrong.items()}

@@ -1,7 +1,6 @@
-"""ReMax and DPO: their advantage, loss and gradient against the definitions, what is read, trained and kept, and
-that each differs from its sibling only in what the method is."""
+"""ReMax and DPO: their advantage, loss and gradient against the definitions, what is read, trained and
+kept."""
 
-import inspect
 import json
 import math
 from pathlib import Path
@@ -13,12 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import train_dpo
-import train_ppo
 import train_remax
 import train_rm
 from common import collate, load_policy, load_tokenizer
+from conftest import metrics, recorded, run_of, run_stage
+from plumbing import rl
 from plumbing.errors import BadInput
-from conftest import metrics, recorded, run_stage
+from plumbing.lean import LogProbs
+from plumbing.ranks import init_distributed
 
 CPU = torch.device("cpu")
 
@@ -34,29 +35,6 @@ def logprob_by_hand(model, prompt, response):
         logits = model(input_ids=torch.tensor([prompt + response[:t]])).logits[0, -1].double()
         total = total + torch.log_softmax(logits, 0)[token]
     return total
-
-
-# ---- siblings ----
-
-@pytest.mark.parametrize("one, other, names", [
-    (train_ppo, train_remax, ("token_rewards", "next_kl_coef", "response_logprobs", "row_seed", "rollout",
-                              "model_scores", "rl_prompts")),
-    (train_rm, train_dpo, ("wins", "learning_rate", "preference_rows"))])
-def test_what_siblings_share_is_the_same_text(one, other, names):
-    """The diff of the siblings is the lesson, so what is not the lesson is equal to the letter."""
-    for name in names:
-        assert inspect.getsource(getattr(one, name)) == inspect.getsource(getattr(other, name)), name
-
-
-def test_the_flags_of_siblings_differ_in_the_method_alone():
-    flags = {module: set(module.Args.__dataclass_fields__)
-             for module in (train_ppo, train_remax, train_rm, train_dpo)}
-    assert flags[train_remax] < flags[train_ppo]
-    assert flags[train_ppo] - flags[train_remax] == {
-        "critic_model", "critic_lr", "critic_warmup", "share_base", "gae_lam", "cliprange", "cliprange_value",
-        "ppo_epochs", "early_stop_kl"}
-    assert flags[train_dpo] - flags[train_rm] == {"beta", "label_smoothing"}
-    assert flags[train_rm] - flags[train_dpo] == {"lora_dropout"}
 
 
 # ---- ReMax: definitions ----
@@ -76,8 +54,8 @@ def test_remax_advantage_of_a_hand_made_batch():
 
 
 def test_the_baseline_takes_variance_away_and_adds_no_bias():
-    """Over all answers of a policy with three: the mean of (r - b) grad log pi is that of r grad log pi, and with
-    b near the mean reward its variance is smaller."""
+    """Over all answers of a policy with three: the mean of (r - b) grad log pi is that of r grad log pi, and
+    with b near the mean reward its variance is smaller."""
     theta, reward = torch.tensor([0.3, -0.5, 1.1]), torch.tensor([2.0, 2.5, 3.0])
     pi = torch.softmax(theta, 0)
     means, variances = [], []
@@ -106,7 +84,7 @@ def remax(chain, baseline, flags, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         recorded(patch, train_remax, "score", scored)
         recorded(patch, train_remax, "update", updates)
-        recorded(patch, train_remax, "model_scores", asked)
+        recorded(patch, rl, "model_scores", asked)
         run_stage(train_remax, **flags.remax, sft_model=chain.sft, reward_model=baseline.rm,
                   output_dir=folder / "out", missing_eos_penalty=0.5, eval_every=0)
     return SimpleNamespace(folder=folder / "out", scored=scored, updates=updates, asked=asked)
@@ -114,7 +92,7 @@ def remax(chain, baseline, flags, tmp_path_factory):
 
 def test_the_baseline_is_the_greedy_answer_of_the_policy(remax, chain):
     """At the first step against stock transformers' greedy decoding of the SFT model, prompt by prompt."""
-    rows, greedy = remax.scored[0][0][3:5]
+    _, rows, greedy, _ = remax.scored[0][0]
     model = plain(chain.sft)
     assert len(rows) == len(greedy) == 4
     for row, other in zip(rows, greedy):
@@ -132,24 +110,23 @@ def test_the_reward_model_is_asked_once_an_answer(remax):
 
 
 def test_advantages_in_the_loop(remax):
-    """Score, beta KL, what a missing EOS costs in the answer and in the baseline, from what the loop was given;
-    the log has scores and baselines as the reward model gave them."""
-    for step, ((args, (batch, old, ref, scores, baselines, _)), (update, _)) in enumerate(
-            zip(remax.scored, remax.updates)):
-        rows, greedy = args[3:5]
-        beta, advantage = metrics(remax.folder)[step]["objective/kl_coef"], update[3]
+    """Score, beta KL, what a missing EOS costs in the answer and in the baseline, from what the loop was
+    given; the log has scores and baselines as the reward model gave them."""
+    for step, (((_, rows, greedy, _), scored), ((_, _, advantage, _, _), _)) in enumerate(
+            zip(remax.scored, remax.updates, strict=True)):
+        beta = metrics(remax.folder)[step]["objective/kl_coef"]
         for i, (row, other) in enumerate(zip(rows, greedy)):
             T = len(row["response_ids"])
-            kl = (old - ref)[i, :T].double()
-            score = scores[i].item() - 0.5 * row["truncated"]
-            b = baselines[i].item() - 0.5 * other["truncated"]
+            kl = (scored.logp - scored.ref_logp)[i, :T].double()
+            score = scored.scores[i].item() - 0.5 * row["truncated"]
+            b = scored.baselines[i].item() - 0.5 * other["truncated"]
             wanted = [score - beta * kl[t:].sum().item() - b for t in range(T)]
             assert advantage[i, :T].tolist() == pytest.approx(wanted, abs=1e-5)
             assert (advantage[i, T:] == 0).all()
         row, asked = metrics(remax.folder)[step], remax.asked[step][1]
         assert row["objective/scores"] == pytest.approx(np.mean(asked[:4]), abs=1e-6)
         assert row["objective/baseline"] == pytest.approx(np.mean(asked[4:]), abs=1e-6)
-    assert any(row["truncated"] for args, _ in remax.scored for row in args[4])
+    assert any(row["truncated"] for (_, _, greedy, _), _ in remax.scored for row in greedy)
 
 
 def test_remax_starts_from_kl_0_and_only_the_policy_moves(remax, chain, baseline):
@@ -165,7 +142,6 @@ def test_one_step_of_remax_is_the_gradient_of_its_definition(chain, tmp_path, mo
     """Plain SGD over a batch in two micro batches: the weights move by -lr times the gradient of
     -sum A_t log pi(a_t | s_t) / tokens, every log pi from a forward pass of its own, in float64."""
     import deepspeed
-    from plumbing.ranks import init_distributed
     init_distributed()
     tokenizer = load_tokenizer(chain.sft)
     prompts, responses = [[0, 3, 6, 9], [0, 20], [0, 5, 7]], [[5, 1], [12, 4, 8, 9], [3, 1]]
@@ -174,15 +150,17 @@ def test_one_step_of_remax_is_the_gradient_of_its_definition(chain, tmp_path, mo
     torch.manual_seed(0)
     advantage = torch.randn(batch.mask.shape) * batch.mask
     policy = load_policy(chain.sft, tokenizer, torch.float32)
-    engine, *_ = deepspeed.initialize(model=policy, optimizer=torch.optim.SGD(policy.parameters(), lr=0.1), config={
-        "gradient_clipping": 0.0, "train_micro_batch_size_per_gpu": 1, "managed_gradient_accumulation": False,
-        "zero_allow_untested_optimizer": True})
+    config = {"gradient_clipping": 0.0, "train_micro_batch_size_per_gpu": 1,
+              "managed_gradient_accumulation": False, "zero_allow_untested_optimizer": True}
+    engine, *_ = deepspeed.initialize(model=LogProbs(policy), config=config,
+                                      optimizer=torch.optim.SGD(policy.parameters(), lr=0.1))
     monkeypatch.setattr(train_remax, "step_norm", lambda engine: 1.0)  # SGD keeps none here
-    args = SimpleNamespace(micro_batch=2, accum_steps=2, temperature=0.7, lr=0.1, seed=1, response_length=4)
+    run = run_of(tokenizer, micro_batch=2, accum_steps=2, temperature=0.7, lr=0.1, seed=1, response_length=4)
     with torch.no_grad():
-        old, _ = train_remax.response_logprobs(engine, batch, args)
+        old, entropy = train_remax.response_logprobs(engine, batch, run)
     before = {k: v.clone().double() for k, v in policy.state_dict().items()}
-    stats, first_ratio = train_remax.update(engine, batch, old, advantage, 0, args, CPU)
+    scored = train_remax.Scored(batch, entropy, old, old, None, None)
+    stats, first_ratio = train_remax.update(engine, scored, advantage, 0, run)
     assert stats["policy/updates"] == 1 and first_ratio < 1e-5
 
     exact = plain(chain.sft).double()
@@ -210,7 +188,8 @@ def test_lora_remax_saves_a_plain_policy(chain, baseline, flags, tmp_path):
 
 
 def test_a_reward_of_ones_own(chain, flags, tmp_path, monkeypatch):
-    """--reward_fn needs no reward model, is given answers and greedy answers together, and must answer for each."""
+    """--reward_fn needs no reward model, is given answers and greedy answers together, and must answer for
+    each."""
     (tmp_path / "own_reward.py").write_text("def length(rows, policy, tokenizer):\n"
                                             "    return [len(row['response_ids']) / 6 for row in rows]\n"
                                             "def short(rows, policy, tokenizer):\n    return [1.0]\n")
@@ -229,7 +208,8 @@ def test_a_reward_of_ones_own(chain, flags, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_dpo_loss_by_hand(smoothing):
-    """-(1 - eps) log s(h) - eps log s(-h) summed over pairs, h = beta (log ratio chosen - log ratio rejected)."""
+    """-(1 - eps) log s(h) - eps log s(-h) summed over pairs, h = beta (log ratio chosen - log ratio
+    rejected)."""
     logp = torch.tensor([[-3.0, -7.5, -1.0], [-4.0, -2.5, -1.0]])
     ref = torch.tensor([[-3.5, -7.0, -1.0], [-3.0, -3.0, -1.0]])
     chosen, rejected = train_dpo.implied_rewards(logp, ref, 0.3)
@@ -246,7 +226,8 @@ def test_dpo_loss_by_hand(smoothing):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_log_probs_of_answers_against_a_loop_over_tokens(family, models_folder):
     tokenizer = load_tokenizer(models_folder / family)
-    model, exact = load_policy(models_folder / family, tokenizer, torch.float32).eval(), plain(models_folder / family)
+    model = LogProbs(load_policy(models_folder / family, tokenizer, torch.float32)).eval()
+    exact = plain(models_folder / family)
     rows = [([0, 3, 6, 9], [5, 1], [12, 4, 8, 1]), ([0, 20], [7, 7, 7, 7, 1], [1])]
     args = SimpleNamespace(micro_batch=2, max_length=64)
     with torch.no_grad():
@@ -297,9 +278,10 @@ def test_the_reference_is_the_sft_model_and_stays_it(dpo, chain):
                                                     for y in (chosen, rejected)], abs=1e-4)
 
 
-def test_the_reference_is_computed_once_for_the_pairs_that_are_used(dpo, chain, flags, tmp_path, monkeypatch, capsys):
-    """Once before the first step, the held-out pairs at step 3 and 6; of the training pairs those of 6 steps. A
-    second run in the folder reads them; another seed, model, or a damaged file makes them anew."""
+def test_the_reference_is_computed_once_for_the_pairs_that_are_used(dpo, chain, flags, tmp_path, monkeypatch,
+                                                                    capsys):
+    """Once before the first step, the held-out pairs at step 3 and 6; of the training pairs those of 6 steps.
+    A second run in the folder reads them; another seed, model, or a damaged file makes them anew."""
     assert len(dpo.computed) == 3
     computed = []
     recorded(monkeypatch, train_dpo, "logprobs_of", computed)
@@ -329,22 +311,22 @@ def test_the_reference_is_computed_once_for_the_pairs_that_are_used(dpo, chain, 
 
 @pytest.mark.parametrize("beta, smoothing", [(0.5, 0.0), (0.3, 0.2)])
 def test_two_steps_of_dpo_are_those_of_its_definition(beta, smoothing, chain, flags, tmp_path):
-    """Four pairs a step in two micro batches. In float64, every log pi from a forward pass of its own: the norm of
-    the first gradient is the log's, every weight moves under Adam's first step against the sign of its gradient,
-    and the weights after it give the loss and the rewards of the second step."""
+    """Four pairs a step in two micro batches. In float64, every log pi from a forward pass of its own: the norm
+    of the first gradient is the log's, every weight moves under Adam's first step against the sign of its
+    gradient, and the weights after it give the loss and the rewards of the second step."""
     notes = []
     with pytest.MonkeyPatch.context() as patch:
         recorded(patch, train_dpo, "preference_rows", notes)
         for steps in (1, 2):
-            run_dpo(flags, chain, tmp_path / str(steps), batch_size=4, micro_batch=2, max_steps=steps, lr=1e-3,
-                    epochs=2, beta=beta, label_smoothing=smoothing, eval_every=0, save_every=0)
+            run_dpo(flags, chain, tmp_path / str(steps), batch_size=4, micro_batch=2, max_steps=steps,
+                    lr=1e-3, epochs=2, beta=beta, label_smoothing=smoothing, eval_every=0, save_every=0)
     pairs = notes[0][1][0]
     picks = np.random.default_rng([1, 0]).permutation(len(pairs))
 
     def rewards_and_loss(model, reference, step):
         """Mean rewards of chosen and rejected answers, mean loss."""
-        r = [beta * (logprob_by_hand(model, pairs[i][0], y) - logprob_by_hand(reference, pairs[i][0], y).detach())
-             for i in picks[4 * step:4 * step + 4] for y in pairs[i][1:]]
+        r = [beta * (logprob_by_hand(model, prompt, y) - logprob_by_hand(reference, prompt, y).detach())
+             for prompt, *answers in (pairs[i] for i in picks[4 * step:4 * step + 4]) for y in answers]
         h = [a - b for a, b in zip(r[::2], r[1::2])]
         loss = sum(-(1 - smoothing) * torch.log(torch.sigmoid(x)) - smoothing * torch.log(torch.sigmoid(-x))
                    for x in h) / 4
@@ -362,8 +344,8 @@ def test_two_steps_of_dpo_are_those_of_its_definition(beta, smoothing, chain, fl
         assert (moved.sign() == -p.grad[large].sign()).all(), name
         checked += large.sum().item()
     assert checked > 1000
-    # The second step of a longer run has another learning rate, but its loss is of the weights before it: those
-    # of a run of one step at the rate that the first of two steps had, which is the full one in both
+    # The second step of a longer run has another learning rate, but its loss is of the weights before it:
+    # those of a run of one step at the rate that the first of two steps had, which is the full one in both
     with torch.no_grad():
         chosen, rejected, loss = rewards_and_loss(plain(tmp_path / "1").double(), reference, 1)
     assert (second["rewards/chosen"], second["rewards/rejected"], second["loss"]) == pytest.approx(
