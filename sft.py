@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from common import answer_ids, chat_ids, collate, epoch_rows, load_policy, lora_config, train_only
-from plumbing.args import parse_args
+from plumbing.args import RunArgs, parse_args
 from plumbing.checkpoint import Checkpoints
 from plumbing.checks import check_finite
 from plumbing.data import prompt_text, read_data, split_of
@@ -38,7 +38,7 @@ from plumbing.saving import save_model
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     # model
     model: str = "toy"  # Hugging Face id or folder; names the run folder
     base_model: str = ""  # weights to start from, when they are not --model
@@ -59,16 +59,9 @@ class Args:
     micro_batch: int = 1  # rows of one forward pass on one rank
     max_grad_norm: float = 1.0  # gradient clipping
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
-    # run
-    ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
-    output_dir: str = ""  # default runs/<model name>/sft
-    resume: bool = False  # continue from the last complete checkpoint of the output folder, if there is one
-    save_every: int = 100  # write a checkpoint this often [steps]; 0: only when the run is told to end
-    keep: int = 2  # how many checkpoints to keep
+    # run: also --ds_config, --output_dir, --resume, --save_every, --keep, --track, see plumbing/args.py
     eval_every: int = 100  # held-out loss [optimizer steps]
-    track: bool = False  # log to Weights & Biases, too
     seed: int = 1  # initial LoRA weights, dropout and data order
-    local_rank: int = -1  # set by the deepspeed launcher
 
 
 # ---- the algorithm -----------------------------------------------------------------------------------------

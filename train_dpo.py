@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from common import collate, epoch_rows, load_policy, lora_config, train_only
-from plumbing.args import parse_args
+from plumbing.args import RunArgs, parse_args
 from plumbing.checkpoint import Checkpoints
 from plumbing.checks import check_finite, fingerprint
 from plumbing.deepspeed_config import adamw, dtype_of, set_lr, step_norm
@@ -48,7 +48,7 @@ from plumbing.saving import save_model
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     # model
     model: str = "toy"  # Hugging Face id or folder; names the run folder
     sft_model: str = ""  # policy and reference, default runs/<model name>/sft
@@ -71,17 +71,10 @@ class Args:
     micro_batch: int = 1  # pairs of one forward pass on one rank
     max_grad_norm: float = 1.0  # gradient clipping
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
-    # run
-    ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
-    output_dir: str = ""  # default runs/<model name>/dpo
-    resume: bool = False  # continue from the last complete checkpoint of the output folder, if there is one
-    save_every: int = 100  # write a checkpoint this often [steps]; 0: only when the run is told to end
-    keep: int = 2  # how many checkpoints to keep
+    # run: also --ds_config, --output_dir, --resume, --save_every, --keep, --track, see plumbing/args.py
     eval_every: int = 200  # loss and accuracy on held-out pairs [optimizer steps]
     eval_pairs: int = 200  # held-out pairs they are measured on
-    track: bool = False  # log to Weights & Biases, too
     seed: int = 1  # initial LoRA weights and data order
-    local_rank: int = -1  # set by the deepspeed launcher
 
 
 # ---- the algorithm -----------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ import torch
 
 from common import (Run, chat_ids, collate, cut_pair, epoch_rows, keyed_rng, load_value_base, lora_config,
                     td_loss, train_only)
-from plumbing.args import parse_args
+from plumbing.args import RunArgs, parse_args
 from plumbing.checkpoint import Checkpoints
 from plumbing.checks import check_finite, tokenizer_fingerprint
 from plumbing.deepspeed_config import adamw, dtype_of, set_lr, step_norm
@@ -48,7 +48,7 @@ from plumbing.saving import save_model
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     # model
     model: str = "toy"  # Hugging Face id or folder; names the run folder
     sft_model: str = ""  # what the GVM grows from, default runs/<model name>/sft
@@ -80,17 +80,10 @@ class Args:
     micro_batch: int = 2  # rows of one forward pass on one rank
     max_grad_norm: float = 1.0  # gradient clipping
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
-    # run
-    ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
-    output_dir: str = ""  # default runs/<model name>/gvm
-    resume: bool = False  # continue from the last complete checkpoint of the output folder, if there is one
-    save_every: int = 100  # write a checkpoint this often [steps]; 0: only when the run is told to end
-    keep: int = 2  # how many checkpoints to keep
+    # run: also --ds_config, --output_dir, --resume, --save_every, --keep, --track, see plumbing/args.py
     eval_every: int = 200  # ranking accuracy on held-out pairs [optimizer steps]
     eval_pairs: int = 200  # held-out pairs it is measured on
-    track: bool = False  # log to Weights & Biases, too
     seed: int = 1  # initial weights, dropout, data order and the draws of tau
-    local_rank: int = -1  # set by the deepspeed launcher
 
 
 # ---- the algorithm -----------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ import torch
 
 from common import (Run, batch_normalize, collate, epoch_rows, freeze, generate, keyed_rng, load_policy,
                     lora_config, micro_batches, row_seed, train_only)
-from plumbing.args import parse_args
+from plumbing.args import RunArgs, parse_args
 from plumbing.checkpoint import Checkpoints
 from plumbing.checks import check_finite
 from plumbing.deepspeed_config import adamw, dtype_of, step_norm
@@ -53,7 +53,7 @@ from plumbing.saving import save_model
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     # model
     model: str = "toy"  # Hugging Face id or folder; names the run folder
     sft_model: str = ""  # policy and reference, default runs/<model name>/sft
@@ -84,18 +84,11 @@ class Args:
     max_steps: int = 800  # rollout batches
     max_grad_norm: float = 1.0  # gradient clipping
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
-    # run
-    ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
-    output_dir: str = ""  # where to write, default runs/<model name>/<name of this script>
-    resume: bool = False  # continue from the last complete checkpoint of the output folder, if there is one
-    save_every: int = 100  # write a checkpoint this often [steps]; 0: only when the run is told to end
-    keep: int = 2  # how many checkpoints to keep
+    # run: also --ds_config, --output_dir, --resume, --save_every, --keep, --track, see plumbing/args.py
     sample_every: int = 20  # print two answers with their token values or scores this often [steps]
     eval_every: int = 50  # evaluate on held-out prompts this often [steps]
     eval_prompts: int = 64  # how many held-out prompts
-    track: bool = False  # log to Weights & Biases, too
     seed: int = 1  # of prompt order, sampling and everything else that is drawn
-    local_rank: int = -1  # set by the deepspeed launcher
 
 
 # ---- the algorithm -----------------------------------------------------------------------------------------

@@ -16,13 +16,26 @@ from plumbing.errors import BadInput, one_line
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@dataclasses.dataclass
+class RunArgs:
+    """The flags of every trainer that have nothing to do with its method."""
+    ds_config: str = "ds_configs/zero3.json"  # DeepSpeed JSON: precision, ZeRO stage, offload
+    output_dir: str = ""  # where to write, default runs/<model name>/<name of the script without train_>
+    resume: bool = False  # continue from the last complete checkpoint of the output folder, if there is one
+    save_every: int = 100  # write a checkpoint this often [steps]; 0: only when the run is told to end
+    keep: int = 2  # how many checkpoints to keep
+    track: bool = False  # log to Weights & Biases, too
+    local_rank: int = -1  # set by the deepspeed launcher
+
+
 def parse_args(cls, argv=None):
     """Command line -> dataclass. The trailing `  # comment` of a field is its --help text.
 
     Where --model is a folder of this repository that has a defaults.py, its values replace the defaults of
     the fields they name. Flags typed on the command line win over both.
     """
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
+    sources = "".join(inspect.getsource(one) for one in cls.__mro__[:-1])
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", sources, re.M))
     for field in dataclasses.fields(cls):
         field.metadata = {"help": comments.get(field.name, "").replace("%", "%%") or None}
     parser = HfArgumentParser(cls, description=inspect.getmodule(cls).__doc__.split("\n\n")[0],

@@ -1,4 +1,4 @@
-"""How a batch is dealt into micro batches and over ranks is bookkeeping: losses, advantages and
+"""How a batch is split into micro batches and over ranks is bookkeeping: losses, advantages and
 the updated weights do not depend on it, for any ZeRO stage. Rows have unequal lengths, as only
 then a wrong denominator shows."""
 
@@ -47,16 +47,15 @@ def weights_after_one_step(stage, flags, monkeypatch, **changes):
     if stage is train_ppo:
         recorded(monkeypatch, stage, "update", updates)
 
-    def sgd(params, lr, **settings):
-        params = [p for group in params for p in (group["params"] if isinstance(group, dict) else [group])]
-        start.extend((p, p.detach().clone()) for p in params)
-        return torch.optim.SGD(params, lr=lr)
+    def sgd(groups, **settings):
+        start.extend((p, p.detach().clone()) for group in groups for p in group["params"])
+        return torch.optim.SGD(groups)
     monkeypatch.setattr(torch.optim, "AdamW", sgd)
     run_stage(stage, **{**flags, "max_steps": 1, "max_grad_norm": 1e6, "lr": 0.1, **changes})
     monkeypatch.undo()
     names = {id(p): name for name, p in seen[0][0][0].module.named_parameters()}
-    for (_, critic, *_), _ in updates:
-        names.update({id(p): f"critic {name}" for name, p in critic.module.named_parameters()})
+    for (models, *_), _ in updates:
+        names.update({id(p): f"critic {name}" for name, p in models.critic.module.named_parameters()})
     return {names[id(p)]: (before, p.detach().clone()) for p, before in start}
 
 
@@ -91,7 +90,8 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(stage, name, flags, cha
 
 @pytest.mark.parametrize("zero", [0, 1])
 def test_gradients_are_clipped_and_their_norm_is_told(zero, flags, tmp_path, monkeypatch):
-    """A step of SGD with lr 0.1 is as long as 0.1 x the clipped gradient; the log has the norm before that."""
+    """A step of SGD with lr 0.1 is as long as 0.1 x the clipped gradient; the log has the norm before
+    clipping."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": zero}}))
     norms, lengths = [], []
@@ -144,7 +144,8 @@ def ranks(chain, models_folder, tmp_path_factory):
            "advantage": "gae", "out": str(out)}
     (out / "job.json").write_text(json.dumps({**job, "stages": [1, 2, 3]}))
     deepspeed_ranks("tests/worker_ranks.py", out / "job.json")
-    return out, worker_ranks.run({**job, "stages": [0]})["0"], json.loads((out / "result.json").read_text())
+    one = worker_ranks.all_stages({**job, "stages": [0]})["0"]
+    return out, one, json.loads((out / "result.json").read_text())
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -217,11 +218,12 @@ def test_a_gvm_learns_the_same_on_two_ranks(flags, chain, tmp_path):
 
 
 def test_gloo_may_let_go_before_python_ends():
-    """A thread of gloo lets go of a collective's tensors a moment after it is over. Where Python ends first, a
-    finished run aborts, about once in ten small ones. A daemon thread stands for it here: it too dies with Python."""
-    code = ("import common, threading, time; common.init_distributed();"
-            "threading.Thread(target=lambda: (time.sleep(0.1), print('let go', flush=True)), daemon=True).start();"
-            "common.dist.destroy_process_group()")
+    """A thread of gloo lets go of a collective's tensors a moment after it is over. Where Python ends first,
+    a finished run aborts, about once in ten small ones. A daemon thread stands for it here: it too dies with
+    Python."""
+    code = ("import threading, time; from plumbing.ranks import dist, init_distributed; init_distributed();"
+            "late = lambda: (time.sleep(0.1), print('let go', flush=True));"
+            "threading.Thread(target=late, daemon=True).start(); dist.destroy_process_group()")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean_env(), timeout=LAUNCH_TIMEOUT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -311,9 +311,9 @@ def test_the_reference_is_computed_once_for_the_pairs_that_are_used(dpo, chain, 
 
 @pytest.mark.parametrize("beta, smoothing", [(0.5, 0.0), (0.3, 0.2)])
 def test_two_steps_of_dpo_are_those_of_its_definition(beta, smoothing, chain, flags, tmp_path):
-    """Four pairs a step in two micro batches. In float64, every log pi from a forward pass of its own: the norm
-    of the first gradient is the log's, every weight moves under Adam's first step against the sign of its
-    gradient, and the weights after it give the loss and the rewards of the second step."""
+    """Four pairs a step in two micro batches. In float64, every log pi from a forward pass of its own: the
+    norm of the first gradient is the log's, every weight moves under Adam's first step against the sign of
+    its gradient, and the weights after it give the loss and the rewards of the second step."""
     notes = []
     with pytest.MonkeyPatch.context() as patch:
         recorded(patch, train_dpo, "preference_rows", notes)

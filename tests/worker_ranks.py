@@ -1,5 +1,5 @@
-"""One step of DVPO on fixed rollouts, with train_dvpo's own functions, on any number
-of ranks and any ZeRO stage.
+"""One step of DVPO on fixed rollouts, with train_dvpo's own functions, on any number of ranks and any ZeRO
+stage.
 
     deepspeed --num_gpus 2 tests/worker_ranks.py JOB.json        writes the JSON test_invariance.py compares
 
@@ -19,7 +19,8 @@ import deepspeed
 import torch
 
 import train_dvpo
-from common import freeze, load_policy, load_tokenizer
+from common import freeze, load_policy, load_tokenizer, Run
+from plumbing.lean import LogProbs
 from plumbing.ranks import gather_rows, init_distributed, whole_weights
 from plumbing.saving import save_model
 
@@ -37,14 +38,15 @@ def step(job, stage):
     args = SimpleNamespace(micro_batch=1, accum_steps=n, ppo_epochs=1, temperature=1.0, cliprange=0.2, seed=1,
                            early_stop_kl=0.0, lr=0.1, response_length=40, static_cache=False)
     tokenizer = load_tokenizer(job["policy"])
-    policy = load_policy(job["policy"], tokenizer, torch.float32)
+    run = Run(args, tokenizer, device, rank, world)
+    policy = LogProbs(load_policy(job["policy"], tokenizer, torch.float32))
     # plain SGD: the step is the gradient itself, where Adam would hide a wrong scale
     optimizer = torch.optim.SGD(policy.parameters(), lr=args.lr)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
-    reference = freeze(load_policy(job["reference"], tokenizer, torch.float32), config, device)
+    reference = freeze(LogProbs(load_policy(job["reference"], tokenizer, torch.float32)), config, device)
 
     hooks = zero3_hooks(engine, stage)
-    sampled = train_dvpo.rollout(engine, rows, [row["seed"] for row in rows], tokenizer, args, device)
+    sampled = train_dvpo.rollout(engine, rows, [row["seed"] for row in rows], run)
     try:
         with whole_weights(engine):
             raise KeyError("generation fails")
@@ -52,14 +54,17 @@ def step(job, stage):
         pass  # training goes on as if nothing had happened
     whole = sum(p.numel() > 0 for p in policy.parameters())
 
-    value = lambda policy, rows, tau: [row["values"] for row in rows]
-    batch, old, ref, values, _ = train_dvpo.score(engine, reference, value, rows, [], tokenizer, args, device)
-    kl = (old - ref) * batch.mask
-    advantage, mean, std = train_dvpo.advantages(job["advantage"], values, 0.1 * kl, batch.mask, 0.95)
-    stats, first_ratio = train_dvpo.update(engine, batch, old, advantage, 0, args, device)
+    value = lambda rows, tau: torch.nn.utils.rnn.pad_sequence([torch.tensor(row["values"]) for row in rows],
+                                                              batch_first=True)
+    models = train_dvpo.Models(engine, reference, value)
+    scored = train_dvpo.score(models, rows, [], run)
+    mask = scored.batch.mask
+    kl = (scored.logp - scored.ref_logp) * mask
+    advantage, mean, std = train_dvpo.advantages(job["advantage"], scored.values, 0.1 * kl, mask, 0.95)
+    stats, first_ratio = train_dvpo.update(models, scored, advantage, 0, run)
     save_model(engine, tokenizer, Path(job["out"]) / f"policy{stage}-{world}")
     return {"sampled": gather_rows([row["response_ids"] for row in sampled]), "mean": mean, "std": std,
-            "advantages": gather_rows([row[m].tolist() for row, m in zip(advantage, batch.mask)]),
+            "advantages": gather_rows([row[m].tolist() for row, m in zip(advantage, mask)]),
             "loss": stats["loss/policy_avg"], "approxkl": stats["policy/approxkl_avg"],
             "updates": stats["policy/updates"], "first_ratio": first_ratio,
             "whole": whole, "hooks": (hooks, zero3_hooks(engine, stage))}
@@ -70,8 +75,8 @@ def zero3_hooks(engine, stage):
     return len(engine.optimizer.parameter_offload.forward_hooks) if stage == 3 else 0
 
 
-def run(job):
-    """{stage: what it gave} of all the job's stages."""
+def all_stages(job):
+    """{ZeRO stage: what it gave} of all the job's stages."""
     for stage in job["stages"]:
         for folder in (f"policy{stage}-1", f"policy{stage}-2"):
             (Path(job["out"]) / folder).mkdir(exist_ok=True)
@@ -80,7 +85,7 @@ def run(job):
 
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[-1]).read_text())  # the launcher puts --local_rank first
-    result = run(job)
+    result = all_stages(job)
     if torch.distributed.get_rank() == 0:
         (Path(job["out"]) / "result.json").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
