@@ -1,14 +1,13 @@
 """Evaluate what the other scripts trained: a value model, single answers, policies, whole runs.
 
-gvm     How often the value model ranks the better answer of a held-out pair higher (Table 4), and how close its
-        values are to the rewards. tau: K questions and answers that tell it whose answers it values. Both of
-        a pair get the same tau, once of the better one's policy and once of the worse one's. With a tau of its
-        own policy for each (own_tau) a model could rank by recognizing the policy, which is worth nothing in
-        RL, where all answers come from one policy. Baselines: the longer answer; the policy with the higher
-        mean score in training (policy mean); the own tau with the longer answers (tau only).
-        Intervals: 95 %, bootstrap over groups of dependent pairs (of one prompt, or one `group` of the data).
-        With --reference_fn: how far the values are from the exact ones and from the Bayes estimate, before the
-        token that decides the answer and from it on.
+gvm     How often the value model ranks the better answer of a held-out pair higher (Table 4), and how close
+        its values are to the rewards. Both answers of a pair get the same tau (K questions and answers of one
+        policy), once of the better one's policy, once of the worse one's. With a tau of its own policy each a
+        model could rank by recognizing the policy, worth nothing in RL, where all answers are of one policy.
+        Baselines: the longer answer; the policy with the higher mean score in training (policy mean); the own
+        tau with the longer answers (tau only). 95 % intervals: bootstrap over groups of dependent pairs: of
+        one prompt, or of one `group` of the data. With --reference_fn: how far the values are from the
+        exact ones and from the Bayes estimate, before the token that decides the answer and from it on.
 values  The value of every token of two or more answers to one question (Figure 4), as text or as a web page.
 policy  Policies on held-out prompts, one sampled answer each: scores, win / tie / lose against the first
         policy, KL from the first policy [nats per response], length [tokens], share of truncated answers.
@@ -81,7 +80,7 @@ class Args:
     temperature: float = 1.0  # policy: of sampling and of the log-probs in the KL; 0 is greedy, without KL
     out: str = ""  # policy: write the answers with their scores to this jsonl file
     runs: list[str] = field(default_factory=list)  # plot: label=folder; folders of one label are seeds
-    metrics: list[str] = field(default_factory=list)  # plot: names in metrics.jsonl; default reward, value, KL, length
+    metrics: list[str] = field(default_factory=list)  # plot: default reward, value, KL, length
     png: str = ""  # plot: file of the picture, default curves.png
 
 
@@ -91,12 +90,11 @@ STATISTICS = ("mean", *PERCENTILES)  # of the token values of a response (Table 
 
 def hits(good, bad):
     """1 where the good response has the higher number, 1/2 where they tie, else 0. Arrays of one shape."""
-    good, bad = np.asarray(good), np.asarray(bad)
-    return (good > bad) + 0.5 * (good == bad)
+    return np.greater(good, bad) + 0.5 * np.equal(good, bad)
 
 
 def accuracy(hit, groups, draws=1000):
-    """Mean of hits [N] and its 95 % interval, by bootstrap over groups [N]: those of one group are dependent."""
+    """Mean of hits [N] and its 95 % interval, by bootstrap over groups [N]: hits of a group are dependent."""
     _, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     total, count = np.bincount(index, hit), np.bincount(index)
     picks = keyed_rng(0).integers(len(count), size=(draws, len(count)))
@@ -133,10 +131,8 @@ def open_gvm(args, device):
 
 @torch.no_grad()
 def token_values(gvm, jobs):
-    """Values along each response: V(s_1), read at the last prompt token, then Q_t at each of its tokens t.
-
-    jobs: list of (prompt ids with tau, response ids);  returns list of [1 + length of the response] float64
-    """
+    """Values along each response: V(s_1), read at the last prompt token, then Q_t of each of its tokens t.
+    jobs: list of (prompt ids with tau, response ids);  returns list of [1 + response length] float64"""
     found = []
     for start in tqdm(range(0, len(jobs), gvm.micro_batch), "values", disable=None):  # a bar on a terminal
         part = jobs[start:start + gvm.micro_batch]
@@ -151,8 +147,7 @@ def under_tau(gvm, pool, policy, rows, rng):
     """Draw one tau, K questions and answers of `policy`, and put it before the prompts of rows of one group.
 
     tau comes from other groups. It has fewer than K where the policy has fewer or where, as in training, they
-    do not fit into the context: the first ones are left out.  returns [(prompt ids, response ids)], tau
-    """
+    do not fit into the context: the first ones are left out. Returns [(prompt ids, response ids)], tau."""
     k, context, group = gvm.settings["k"], gvm.settings["context"], rows[0]["group"]
     answers = pool[policy] if k else []
     others = (answers[i] for i in rng.permutation(len(answers)) if answers[i]["group"] != group)
@@ -176,8 +171,7 @@ def read_held_out(source, gvm, args):
 
     returns  rows   held-out responses that are no longer than those of training, with response_ids
              pairs  (good, bad) of them, one of each record that prefers an answer
-             pool   {policy: its rows of the value and test splits}, for tau;  and {reason: number left out}
-    """
+             pool   {policy: its rows of the value and test splits}, for tau; {reason: number left out}"""
     records, limit = read_data(source, args.allow_dropped), gvm.settings["max_length"]
     if gvm.settings["k"] and not has_policy_names(records):
         raise BadInput(f"{source}: its responses carry no policy name (`model`), so tau cannot be drawn; "
@@ -195,10 +189,8 @@ def read_held_out(source, gvm, args):
         rows += fitting
         left_out[f"responses over {limit} tokens with prompt"] += len(record["responses"]) - len(fitting)
         pair = preference_pair(record, args.split_seed, fitting)
-        if pair:
-            pairs.append(pair)
-        else:
-            left_out["prompts without a pair"] += 1
+        pairs += [pair] if pair else []
+        left_out["prompts without a pair"] += not pair
     return rows, pairs, pool, +left_out  # without zeros
 
 
@@ -239,11 +231,8 @@ def rank_pairs(gvm, pairs, pool, seed):
 
 
 def calibrate(gvm, rows, pairs, pool, args):
-    """Value of the last token, under a tau of the own policy, against the reward that the GVM was trained on.
-
-    A GVM trained on scores is checked on all responses: the best ones alone would have lucky scores. None if
-    no response has a score.
-    """
+    """Last token's value, under a tau of the own policy, against the reward that the GVM was trained on. With
+    scores all responses count: the best alone would be the lucky ones. None if no response has a score."""
     reward = gvm.settings["reward"]
     if reward["kind"] == "preference":
         rows, actual = [row for pair in pairs for row in pair], [1.0, -1.0] * len(pairs)
@@ -268,8 +257,7 @@ def compare_with_reference(gvm, rows, pool, reference, args):
     """RMSE between GVM, exact value and Bayes estimate, before the deciding token and from it on.
 
     rmse(policy) = sqrt(mean of error^2 over its prefixes)
-    rmse         = sqrt(mean of rmse(policy)^2 over policies), so that every policy weighs the same
-    """
+    rmse         = sqrt(mean of rmse(policy)^2 over policies), so that every policy weighs the same"""
     names, halves = ("gvm_exact", "gvm_bayes", "bayes_exact"), ("before", "decided")
     chosen, errors = some(rows, args.reference_rows, args.seed), defaultdict(list)
     values, taus = values_under_own_tau(gvm, chosen, pool, args.seed)
@@ -312,6 +300,32 @@ def evaluate_gvm(args, device):
         rows, _, pool, _ = read_held_out(args.unseen_data, gvm, args)
         result["reference"]["unseen"] = compare_with_reference(gvm, rows, pool, reference, args)
     return result
+
+
+def show_gvm(result):
+    ranking, fit = result["ranking"], result["calibration"]
+    good, bad = ranking["mean_value"].values()
+    left_out = ", ".join(f"{n} {what}" for what, n in result["left_out"].items()) or "nothing"
+    print_table(f"Accuracy on {ranking['pairs']} held-out pairs in {ranking['groups']} groups; K = "
+                f"{result['k']}, tau shortened {ranking['shortened_tau']} times; left out: {left_out}\n"
+                f"mean value of the better answers {good:.3f}, of the worse {bad:.3f}",
+                ["ranked by", "one tau for both\n[%] (95 % interval)", "each its own tau\n[%]"],
+                [[f"token values: {name}", percent(a["accuracy"], a), percent(own["accuracy"])]
+                 for (name, a), own in zip(ranking["shared_tau"].items(), ranking["own_tau"].values())]
+                + [[f"baseline: {name}", percent(a["accuracy"], a), None]
+                   for name, a in ranking["baselines"].items()])
+    if fit:
+        print_table(f"Calibration: value of the last token against the reward; RMSE {fit['rmse']:.3f}",
+                    ["bin by value", "responses", "mean value", "mean reward"],
+                    [[i, *part.values()] for i, part in enumerate(fit["bins"], 1)])
+    halves, errors = ("before", "decided"), ("gvm_exact", "gvm_bayes", "bayes_exact")
+    print_table("RMSE of the values before the token that decides the answer, and from it on\n"
+                "Bayes: the best estimate from tau; seen, unseen: the GVM was trained on the policy, or not",
+                ["", "policy", *(f"{half}\n{error}" for half in ("before", "from it on")
+                                 for error in ("to exact", "to Bayes", "Bayes to exact"))],
+                [[kind, name, *(found[half].get(error) for half in halves for error in errors)]
+                 for kind, ref in result.get("reference", {}).items()
+                 for name, found in {f"all ({ref['rows']} answers)": ref, **ref["policies"]}.items()], left=2)
 
 
 # ---- values ------------------------------------------------------------------------------------------------
@@ -428,10 +442,6 @@ def check_policy(folder, tokenizer, prompts, args):
         raise BadInput(f"--response_length: the longest prompt leaves less of {folder}'s {context} tokens.")
 
 
-def open_policy(folder, tokenizer, args, device):
-    return load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policies").to(device).eval()
-
-
 @torch.no_grad()
 def sequence_logprobs(policy, rows, tokenizer, args, device):
     """log pi(y | x) of each row at the sampler's temperature, summed over the response's tokens."""
@@ -440,7 +450,7 @@ def sequence_logprobs(policy, rows, tokenizer, args, device):
         batch = collate(*zip(*jobs[i:i + args.micro_batch]), tokenizer.pad_token_id, device)
         out = policy(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
                      logits_to_keep=batch.mask.shape[1] + 1, use_cache=False)
-        logits = out.logits[:, :-1].float()  # [B, R, vocabulary], read at P + t - 1 for the token at P + t
+        logits = out.logits[:, :-1].float()  # [B, R, vocabulary], columns P - 1 .. T - 2
         logp = torch.log_softmax(logits / args.temperature, dim=-1)
         logp = logp.gather(-1, batch.ids[:, batch.P:, None]).squeeze(-1)  # [B, R]
         found += (logp * batch.mask).sum(1).tolist()
@@ -449,7 +459,7 @@ def sequence_logprobs(policy, rows, tokenizer, args, device):
 
 def answers_of(folder, prompts, truth, tokenizer, args, device):
     """One policy's answers, with log-probs and true rewards. The model is freed when this returns."""
-    policy = open_policy(folder, tokenizer, args, device)
+    policy = load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policies").to(device).eval()
     seeds = [int(keyed_rng(args.seed, 2, i).integers(2**62)) for i in range(len(prompts))]  # for all policies
     answers = generate(policy, [row["prompt_ids"] for row in prompts], seeds, args.response_length,
                        args.temperature, tokenizer, device, batch=args.micro_batch)
@@ -526,7 +536,7 @@ def evaluate_policy(args, device):
     answers = {name: answers_of(folder, prompts, truth, tokenizer, args, device) for name, folder in named}
     rows = [row for found in answers.values() for row in found]
     if args.temperature > 0:  # KL = mean over y ~ pi of log pi(y | x) - log pi_ref(y | x)
-        policy = open_policy(reference, tokenizer, args, device)
+        policy = load_policy(reference, tokenizer, getattr(torch, args.dtype), "--policies").to(device).eval()
         for row, logp in zip(rows, sequence_logprobs(policy, rows, tokenizer, args, device)):
             row["kl"] = row["logp"] - logp
         del policy
@@ -540,6 +550,20 @@ def evaluate_policy(args, device):
         Path(args.out).write_text("\n".join(lines) + "\n")
     return {"reference": reference, "first": first, "prompts": len(prompts), "temperature": args.temperature,
             "policies": {name: policy_report(found, answers[first]) for name, found in answers.items()}}
+
+
+def show_policy(result):
+    first, policies = result["first"], result["policies"]
+    names = {score: {"truth": "true reward", "gvm": "GVM value"}.get(score, score)
+             for score in policies[first]["scores"]}
+    print_table(f"{result['prompts']} held-out prompts, one answer each, temperature "
+                f"{result['temperature']:g}, against {first} ({result['reference']}); mean ± standard error",
+                ["policy", *names.values(), "KL\n[nats]", "length\n[tokens]", "truncated\n[%]",
+                 *(f"win / tie / lose [%]\nby {name}" for name in names.values())],
+                [[policy, *(plus_minus(found["scores"][score]) for score in names), plus_minus(found["kl"]),
+                  f"{found['length']:.1f}", percent(found["truncated"]),
+                  *(win_tie_lose(found["against_first"][score]) if policy != first else None
+                    for score in names)] for policy, found in policies.items()])
 
 
 # ---- plot --------------------------------------------------------------------------------------------------
@@ -600,48 +624,8 @@ def evaluate_plot(args, device):
     return {"curves": result}
 
 
-# ---- tables of the results ---------------------------------------------------------------------------------
-
-def show_gvm(result):
-    ranking, fit = result["ranking"], result["calibration"]
-    good, bad = ranking["mean_value"].values()
-    left_out = ", ".join(f"{n} {what}" for what, n in result["left_out"].items()) or "nothing"
-    print_table(f"Accuracy on {ranking['pairs']} held-out pairs in {ranking['groups']} groups. K = {result['k']}; "
-                f"tau was shortened for {ranking['shortened_tau']} pairs.\n"
-                f"Mean value {good:.3f} of the better answers, {bad:.3f} of the worse. Left out: {left_out}.",
-                ["ranked by", "one tau for both\n[%] (95 % interval)", "each its own tau\n[%]"],
-                [[f"token values, {name}", percent(a["accuracy"], a), percent(ranking["own_tau"][name]["accuracy"])]
-                 for name, a in ranking["shared_tau"].items()]
-                + [[f"baseline, {name}", percent(a["accuracy"], a), None] for name, a in ranking["baselines"].items()])
-    if fit:
-        print_table(f"Calibration: last token's value against the reward, {fit['n']} responses, RMSE {fit['rmse']:.3f}",
-                    ["bin by value", "responses", "mean value", "mean reward"],
-                    [[i, *part.values()] for i, part in enumerate(fit["bins"], 1)])
-    errors = [(half, name) for half in ("before", "decided") for name in ("gvm_exact", "gvm_bayes", "bayes_exact")]
-    print_table("RMSE of the values before the token that decides the answer, and from it on",
-                ["policies", *(f"{half}\n{name}" for half in ("before", "from it on")
-                               for name in ("to exact", "to Bayes", "Bayes to exact"))],
-                [[f"{kind}, {policy}", *(found[half].get(name) for half, name in errors)]
-                 for kind, all_of in result.get("reference", {}).items()
-                 for policy, found in {"all": all_of, **all_of["policies"]}.items()])
-
-
-def show_policy(result):
-    first, policies = result["first"], result["policies"]
-    names = {score: {"truth": "true reward", "gvm": "GVM value"}.get(score, score)
-             for score in policies[first]["scores"]}
-    print_table(f"{result['prompts']} held-out prompts, one answer each at temperature {result['temperature']:g}, "
-                f"against {first} ({result['reference']})\nmean ± standard error over the prompts",
-                ["policy", *names.values(), "KL\n[nats]", "length\n[tokens]", "truncated\n[%]",
-                 *(f"win / tie / lose [%]\nby {name}" for name in names.values())],
-                [[policy, *(plus_minus(found["scores"][score]) for score in names), plus_minus(found["kl"]),
-                  f"{found['length']:.1f}", percent(found["truncated"]),
-                  *(None if policy == first else win_tie_lose(found["against_first"][score]) for score in names)]
-                 for policy, found in policies.items()])
-
-
 def show_plot(result):
-    print_table(f"Curves, means over the seeds of a label; drawn in {result['args']['png'] or 'curves.png'}",
+    print_table(f"Curves, mean over the seeds of a label; drawn in {result['args']['png'] or 'curves.png'}",
                 ["metric", "label", "seeds", "steps", "first", "last", "highest"],
                 [[metric, label, *found.values()] for metric, labels in result["curves"].items()
                  for label, found in labels.items()], left=2)

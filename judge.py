@@ -1,20 +1,19 @@
 """Answers in the formats of the field's evaluation tools, and an LLM judge over them.
 
-generate  A policy's answers to a question file, in the format of the tool that the questions belong to:
-          AlpacaEval (instruction), Arena-Hard (uid, prompt), MT-Bench (question_id, turns; the second turn
-          sees the first answer), or to the held-out prompts of --data. What was sampled is kept while it
-          runs: the same command goes on after an interruption.
-judge     Answers of policies against those of one other (Figure 2: win / tie / lose; Tables 1 and 2), by any
-          OpenAI-compatible endpoint or a local model.
-          --mode score   each answer alone gets 0 to 5 points by five additive criteria (the paper's Appendix
-                         D); more points win
+generate  A policy's answers to the questions of a tool, in the format of that tool: AlpacaEval (instruction),
+          Arena-Hard (uid, prompt), MT-Bench (question_id, turns; the second turn sees the first answer); or to
+          the held-out prompts of --data. After an interruption the same command continues.
+judge     Compares answers of policies with those of one other (Figure 2: win / tie / lose; Tables 1 and 2). The
+          judge is any OpenAI-compatible endpoint or a local model.
+          --mode score   each answer alone gets 0 to 5 points, one for each of five criteria (the paper's
+                         Appendix D); more points win
           --mode grade   each answer alone gets 1 to 10, as in MT-Bench; more points win
           --mode pair    two answers side by side, in both orders; two orders that disagree are a tie
-table     Both for several policies and question files at once (Tables 1 and 2): MT-Bench's as grades, the
-          others as pairs against the baseline's answers; AlpacaEval's file brings these itself.
-rank      Without a judge: how often a reward model and the GVM rank the chosen answer of --pairs above the
-          rejected one, by subset (RewardBench-style: a column `subset` or `source`). The GVM's values are
-          read without tau: such files do not say who wrote the answers.
+table     Both for several policies and question files at once (Tables 1 and 2): grades for MT-Bench; for the
+          others pairs against the baseline's answers, which AlpacaEval's question file holds.
+rank      No judge: how often a reward model and the GVM rank the chosen answer of --pairs above the rejected
+          one, by subset (as RewardBench has it: a column `subset` or `source`). The GVM reads no tau here:
+          such files do not say which policy wrote the answers.
 meta      The judge itself: how often --mode pair agrees with people's labels (rows of input, output_1,
           output_2 and label 1 or 2).
 
@@ -23,9 +22,9 @@ meta      The judge itself: how often --mode pair agrees with people's labels (r
     JUDGE_API_KEY=... python judge.py judge --judge_url https://api.openai.com/v1 --judge_model gpt-4o
         --answers dvpo=dvpo.json --against sft=sft.json --mode score
 
-Every verdict is kept in --verdicts as soon as it is there: an interrupted run goes on, and the same question
-is never paid for twice. A verdict that cannot be read counts as unread, never as a guess. The key comes from
-JUDGE_API_KEY (or OPENAI_API_KEY) and is written nowhere.
+Every verdict is saved to --verdicts at once: the same command continues an interrupted run, and no question is
+paid for twice. A verdict that cannot be read is counted as unread and left out. The key comes from
+JUDGE_API_KEY (or OPENAI_API_KEY) and is never written to a file.
 """
 
 import contextlib
@@ -53,7 +52,8 @@ from plumbing.data import preference_pair, prompt_text, read_data
 from plumbing.errors import BadInput, one_line
 from plumbing.files import read_rows
 from plumbing.ranks import init_distributed
-from evaluate import Gvm, accuracy, held_out_prompts, hits, named_paths, show, some, token_values
+from plumbing.table import percent, print_table, win_tie_lose
+from evaluate import Gvm, accuracy, held_out_prompts, hits, named_paths, some, token_values
 
 
 @dataclass
@@ -61,35 +61,35 @@ class Args:
     model: str = "toy"  # Hugging Face id or folder; names the run folder
     policy: str = ""  # generate: folder or hub id, default runs/<model name>/dvpo
     policies: list[str] = field(default_factory=list)  # table: name=folder, default sft, ppo, dvpo
-    benchmarks: list[str] = field(default_factory=list)  # table: question file, or baseline's answers=that
-    name: str = ""  # generate: how the answers call it, default the folder's name
-    questions: str = ""  # generate, judge: a tool's question file; default the held-out prompts of --data
+    benchmarks: list[str] = field(default_factory=list)  # table: question files, or baseline's answers=question file
+    name: str = ""  # generate: the policy's name in the answers, default its folder's
+    questions: str = ""  # generate, judge: a tool's question file, default the held-out prompts of --data
     data: str = "openbmb/UltraFeedback"  # generate: hub id[:split] or a local json, jsonl or parquet file
     split_seed: int = 0  # generate, rank: seed of the split by prompt; keep it the same in every stage
-    allow_dropped: bool = False  # generate, rank: go on when more than 10 % of the data had to be dropped
+    allow_dropped: bool = False  # generate, rank: continue when more than 10 % of the data had to be dropped
     prompts: int = 256  # generate: at most this many held-out prompts
-    temperature: Optional[float] = None  # generate, table: of the sampler, 0 is greedy; default: SAMPLING
+    temperature: Optional[float] = None  # generate, table: of sampling, 0 is greedy; default each tool's own
     response_length: int = 1024  # generate, table: at most this many tokens per answer [tokens]
     micro_batch: int = 8  # rows of one forward pass
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights
-    seed: int = 1  # choice of prompts, sampling
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # number format of the weights
+    seed: int = 1  # of the choice of prompts and of sampling
     out: str = ""  # generate: the answers, default runs/<model name>/answers/<name>.<json or jsonl>
-    answers: list[str] = field(default_factory=list)  # judge: name=file of each policy that is judged
+    answers: list[str] = field(default_factory=list)  # judge: name=file of each policy that the judge reads
     against: str = ""  # judge: name=file of the answers they are compared with
-    mode: Literal["score", "grade", "pair"] = "score"  # judge: see above
+    mode: Literal["score", "grade", "pair"] = "score"  # judge: points, grades, or two answers side by side
     pairs: str = ""  # rank: json, jsonl or parquet file of preference pairs
     value_model: str = ""  # rank: the GVM's folder
-    reward_model: str = ""  # rank: one-label sequence classifier
-    labels: str = ""  # meta: rows of input, output_1, output_2 and label
+    reward_model: str = ""  # rank: folder of a reward model
+    labels: str = ""  # meta: file with rows of input, output_1, output_2 and label
     judge_url: str = ""  # judge, table, meta: https://host/v1, OpenAI-compatible; "": a local model
     judge_model: str = ""  # judge, table, meta: its name there, or the folder or hub id of a local one
-    judge_tokens: int = 512  # judge, table, meta: a verdict has at most this many tokens
-    parallel: int = 8  # judge, table, meta: requests at a time
-    retries: int = 6  # judge, table, meta: of a request that failed: 429, 5xx, timeouts
-    timeout: float = 120.0  # judge, table, meta: of one request [seconds]
-    verdicts: str = "verdicts.jsonl"  # judge, table, meta: where they are kept
-    dry_run: bool = False  # judge, table, meta: only say how many requests and tokens it would be
-    json: str = ""  # judge, table, rank, meta: write what is shown to this file
+    judge_tokens: int = 512  # judge, table, meta: longest verdict [tokens]
+    parallel: int = 8  # judge, table, meta: how many requests are sent at the same time
+    retries: int = 6  # judge, table, meta: how often to repeat a request after 429, 5xx or a timeout
+    timeout: float = 120.0  # judge, table, meta: longest wait for one answer [seconds]
+    verdicts: str = "verdicts.jsonl"  # judge, table, meta: file that keeps what the judge said
+    dry_run: bool = False  # judge, table, meta: only count the requests and tokens
+    json: str = ""  # judge, table, rank, meta: write the results to this file
 
 
 # ---- questions and answers ---------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def table(title, lines):
     """lines: {name: cells}, one for each of its lines"""
     print(f"\n{title}")
     for name, cells in lines.items():
-        print(f"{name:<18}" + "".join(f"{round(x, 3) + 0.0:>8.3f}" if isinstance(x, float) else f"{x:>8}"
+        print(f"{name:<18}" + "".join(f" {round(x, 3) + 0.0:>7.3f}" if isinstance(x, float) else f" {x:>7}"
                                       for x in cells))
 
 
@@ -116,7 +116,7 @@ def main(args):
     for name, v in versions.items():
         left.plot(v, "s--" if name == "exact" else "o-", label=name, markersize=4)
     for side, name, x in (-0.3, "gae", gae), (0, "gae x (1 - pi)", gae * free), (0.3, "q", eq2):
-        right.bar(torch.arange(1, n + 1) + side, x[i, :n], 0.3, label=name)
+        right.bar([t + side for t in range(1, n + 1)], x[i, :n].tolist(), 0.3, label=name)
     for axis, title in ((left, "token values [reward]"), (right, "advantage, normalized")):
         axis.set_xticks(range(n + 1), ["V(s_1)", *words[i]], rotation=45)
         axis.set_title(title)
