@@ -559,7 +559,7 @@ def show_policy(result):
     print_table(f"{result['prompts']} held-out prompts, one answer each, temperature "
                 f"{result['temperature']:g}, against {first} ({result['reference']}); mean ± standard error",
                 ["policy", *names.values(), "KL\n[nats]", "length\n[tokens]", "truncated\n[%]",
-                 *(f"win / tie / lose [%]\nby {name}" for name in names.values())],
+                 *(f"win / tie / lose\n[%] by {name}" for name in names.values())],
                 [[policy, *(plus_minus(found["scores"][score]) for score in names), plus_minus(found["kl"]),
                   f"{found['length']:.1f}", percent(found["truncated"]),
                   *(win_tie_lose(found["against_first"][score]) if policy != first else None

@@ -1,10 +1,10 @@
 """Answers in the formats of the field's evaluation tools, and an LLM judge over them.
 
 generate  A policy's answers to the questions of a tool, in the format of that tool: AlpacaEval (instruction),
-          Arena-Hard (uid, prompt), MT-Bench (question_id, turns; the second turn sees the first answer); or to
-          the held-out prompts of --data. After an interruption the same command continues.
-judge     Compares answers of policies with those of one other (Figure 2: win / tie / lose; Tables 1 and 2). The
-          judge is any OpenAI-compatible endpoint or a local model.
+          Arena-Hard (uid, prompt), MT-Bench (question_id, turns; the second turn sees the first answer); or
+          to the held-out prompts of --data. The same command continues an interrupted run.
+judge     Answers of policies against those of one other (Figure 2: win / tie / lose; Tables 1 and 2), by any
+          OpenAI-compatible endpoint or a local model.
           --mode score   each answer alone gets 0 to 5 points, one for each of five criteria (the paper's
                          Appendix D); more points win
           --mode grade   each answer alone gets 1 to 10, as in MT-Bench; more points win
@@ -12,19 +12,17 @@ judge     Compares answers of policies with those of one other (Figure 2: win / 
 table     Both for several policies and question files at once (Tables 1 and 2): grades for MT-Bench; for the
           others pairs against the baseline's answers, which AlpacaEval's question file holds.
 rank      No judge: how often a reward model and the GVM rank the chosen answer of --pairs above the rejected
-          one, by subset (as RewardBench has it: a column `subset` or `source`). The GVM reads no tau here:
-          such files do not say which policy wrote the answers.
-meta      The judge itself: how often --mode pair agrees with people's labels (rows of input, output_1,
-          output_2 and label 1 or 2).
+          one, by column `subset` or `source`. The GVM reads no tau: such files do not say who wrote them.
+meta      The judge itself: how often --mode pair agrees with the labels that people gave.
 
     python judge.py generate --policy runs/toy/dvpo
     python judge.py generate --policy runs/Meta-Llama-3-8B/dvpo --questions alpaca_eval.json
     JUDGE_API_KEY=... python judge.py judge --judge_url https://api.openai.com/v1 --judge_model gpt-4o
         --answers dvpo=dvpo.json --against sft=sft.json --mode score
 
-Every verdict is saved to --verdicts at once: the same command continues an interrupted run, and no question is
-paid for twice. A verdict that cannot be read is counted as unread and left out. The key comes from
-JUDGE_API_KEY (or OPENAI_API_KEY) and is never written to a file.
+Every verdict is saved to --verdicts at once: the same command continues an interrupted run, and no question
+is paid for twice. A verdict that cannot be read is counted as unread and left out. The key comes from
+JUDGE_API_KEY (or OPENAI_API_KEY) and is written nowhere.
 """
 
 import contextlib
@@ -38,7 +36,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import numpy as np
 import torch
@@ -61,14 +59,14 @@ class Args:
     model: str = "toy"  # Hugging Face id or folder; names the run folder
     policy: str = ""  # generate: folder or hub id, default runs/<model name>/dvpo
     policies: list[str] = field(default_factory=list)  # table: name=folder, default sft, ppo, dvpo
-    benchmarks: list[str] = field(default_factory=list)  # table: question files, or baseline's answers=question file
+    benchmarks: list[str] = field(default_factory=list)  # table: question file, or baseline's answers=file
     name: str = ""  # generate: the policy's name in the answers, default its folder's
     questions: str = ""  # generate, judge: a tool's question file, default the held-out prompts of --data
     data: str = "openbmb/UltraFeedback"  # generate: hub id[:split] or a local json, jsonl or parquet file
     split_seed: int = 0  # generate, rank: seed of the split by prompt; keep it the same in every stage
     allow_dropped: bool = False  # generate, rank: continue when more than 10 % of the data had to be dropped
     prompts: int = 256  # generate: at most this many held-out prompts
-    temperature: Optional[float] = None  # generate, table: of sampling, 0 is greedy; default each tool's own
+    temperature: float | None = None  # generate, table: of sampling, 0 is greedy; default each tool's own
     response_length: int = 1024  # generate, table: at most this many tokens per answer [tokens]
     micro_batch: int = 8  # rows of one forward pass
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # number format of the weights
@@ -100,19 +98,13 @@ COLUMNS = {"alpaca_eval": {"instruction"}, "arena_hard": {"uid", "prompt"},
            "mt_bench": {"question_id", "turns"}}
 
 
-def kind_of(row, path):
-    """Whose questions these are."""
-    for kind, columns in COLUMNS.items():
-        if columns <= row.keys():
-            return kind
-    raise BadInput(f"{path}: not a question file of AlpacaEval (instruction), Arena-Hard (uid, prompt) or "
-                   f"MT-Bench (question_id, turns); give one of them.")
-
-
 def read_questions(path):
     """(kind, questions): id, category, turns (the user's) and the tool's own row of each."""
     rows = list(read_rows(path))
-    kind, questions = kind_of(rows[0][1], path), []
+    kind, questions = next((k for k, columns in COLUMNS.items() if columns <= rows[0][1].keys()), None), []
+    if kind is None:
+        raise BadInput(f"{path}: not a question file of AlpacaEval (instruction), Arena-Hard (uid, prompt) "
+                       f"or MT-Bench (question_id, turns); give one of them.")
     for i, (where, row) in enumerate(rows):
         if not COLUMNS[kind] <= row.keys():
             raise BadInput(f"{where}: {', '.join(sorted(COLUMNS[kind] - row.keys()))} is missing; add it.")
@@ -121,8 +113,7 @@ def read_questions(path):
                  "mt_bench": row.get("turns")}[kind]
         if (not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns)
                 or not isinstance(ident, (str, int))):
-            raise BadInput(f"{where}: its question must be text, and its id text or a number; correct the "
-                           f"row.")
+            raise BadInput(f"{where}: its question must be text, its id text or a number; correct the row.")
         questions.append({"id": ident, "category": str(row.get("category", "")), "turns": turns, "row": row})
     if len({question["id"] for question in questions}) < len(questions):
         raise BadInput(f"{path}: two questions have one id; give each its own.")
@@ -184,12 +175,11 @@ def answers_of(policy, tokenizer, questions, temperature, context, args, device)
         together = [i for i in here if room[i] == args.response_length]
         alone = [[i] for i in here if 0 < room[i] < args.response_length]
         found = {i: [] for i in here}  # empty where the prompt alone fills the context
-        for part in [together, *alone]:
+        for part in filter(None, [together, *alone]):
             seeds = [int(keyed_rng(args.seed, zlib.crc32(str(questions[i]["id"]).encode()), turn)
                          .integers(2**62)) for i in part]
-            if part:
-                found.update(zip(part, generate(policy, [ids[i] for i in part], seeds, room[part[0]],
-                                                temperature, tokenizer, device, batch=args.micro_batch)))
+            found.update(zip(part, generate(policy, [ids[i] for i in part], seeds, room[part[0]], temperature,
+                                            tokenizer, device, batch=args.micro_batch)))
         for i in here:
             text = tokenizer.decode(found[i], skip_special_tokens=True).strip()
             chats[i].append({"role": "assistant", "content": text})
@@ -230,8 +220,7 @@ def write_whole(path, text):
         part.write_text(text, encoding="utf-8", errors="replace")
         os.replace(part, path)
     except OSError as e:
-        raise BadInput(f"{path}: cannot be written ({one_line(e)}); make room or name another; the same "
-                       f"command goes on.") from None
+        raise BadInput(f"{path}: cannot be written ({one_line(e)}); make room and run this again.") from None
 
 
 def settings_that_differ(record, settings, beside):
@@ -243,8 +232,7 @@ def settings_that_differ(record, settings, beside):
         then = json.loads(record.read_text())
         return [key for key in settings if then.get(key) != settings[key]]
     except (ValueError, AttributeError) as e:
-        raise BadInput(f"{record}: cannot be read ({one_line(e)}); delete it and {beside}, or name "
-                       f"another --out.") from None
+        raise BadInput(f"{record}: cannot be read ({one_line(e)}); delete it and {beside}.") from None
 
 
 def answers_file(args, kind, name):
@@ -272,7 +260,7 @@ def generate_answers(args, device):
         done = {row["id"]: row for row in kept}
         if out.exists() and not partial.exists():
             print(f"{out}: all {len(questions)} answers are there, nothing is left to do")
-            return {"answers": str(out), "questions": len(questions)}
+            return
     tokenizer = load_tokenizer(folder, "--policy")
     context = check_model(folder, tokenizer, "--policy")
     policy = load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policy").to(device).eval()
@@ -289,15 +277,13 @@ def generate_answers(args, device):
                 part = group[i:i + args.micro_batch]
                 found = answers_of(policy, tokenizer, part, temperature, context, args, device)
                 for question, (texts, tokens, short) in zip(part, found):
-                    row = {"id": question["id"], "answers": texts, "tokens": tokens, "short": short,
-                           "when": time.time()}
+                    row = dict(id=question["id"], answers=texts, tokens=tokens, short=short, when=time.time())
                     done[row["id"]] = row
                     f.write(json.dumps(row, ensure_ascii=False) + "\n")
                 f.flush()
                 bar.update(len(part))
     rows = [done[question["id"]] for question in questions]
-    written = [tool_row(kind, q, name, row["answers"], row["tokens"], row["when"])
-               for q, row in zip(questions, rows)]
+    written = [tool_row(kind, q, name, r["answers"], r["tokens"], r["when"]) for q, r in zip(questions, rows)]
     if kind == "mt_bench":  # FastChat's own files are in this order
         written.sort(key=lambda row: row["question_id"])
     write_whole(out, json.dumps(written, indent=1, ensure_ascii=False) if kind == "alpaca_eval" else
@@ -306,7 +292,6 @@ def generate_answers(args, device):
     short = sum(row["short"] for row in rows)
     print(f"{out}: {len(rows)} answers of {name}; {short} of them had less room than --response_length in "
           f"the context, {sum('' in row['answers'] for row in rows)} are empty")
-    return {"answers": str(out), "questions": len(rows)}
 
 
 def read_answers(path, questions=None):
@@ -454,15 +439,11 @@ def ask_local(todo, args, keep):
     tokenizer = load_tokenizer(args.judge_model, "--judge_model")
     context = check_model(args.judge_model, tokenizer, "--judge_model")
     model = load_policy(args.judge_model, tokenizer, getattr(torch, args.dtype), "--judge_model").to(device)
-    keys, too_long = [], 0
-    ids = {}
-    for key, (system, user) in todo.items():  # many templates have no system turn
-        ids[key] = chat_ids(tokenizer, [{"role": "user",
-                                         "content": f"{system['content']}\n\n{user['content']}"}])
-        fits = len(ids[key]) + args.judge_tokens <= context
-        keys += [key] * fits
-        too_long += not fits
-    keys.sort(key=lambda key: len(ids[key]))  # rows of one batch are of one length
+    ids = {key: chat_ids(tokenizer, [{"role": "user", "content": f"{a['content']}\n\n{b['content']}"}])
+           for key, (a, b) in todo.items()}  # many templates have no system turn
+    keys = [key for key in sorted(ids, key=lambda key: len(ids[key]))  # sorted: less padding in a batch
+            if len(ids[key]) + args.judge_tokens <= context]
+    too_long = len(ids) - len(keys)
     for i in tqdm(range(0, len(keys), args.micro_batch), "verdicts", disable=None):
         part = keys[i:i + args.micro_batch]
         for key, found in zip(part, generate(model, [ids[key] for key in part], [0] * len(part),
@@ -494,21 +475,17 @@ def ask_endpoint(todo, ask, parallel, keep):
     return failed
 
 
-def key_of(messages, args):
-    """What makes two requests the same one."""
-    return hashlib.sha256(json.dumps([args.judge_url, args.judge_model, args.judge_tokens, messages])
-                          .encode()).hexdigest()[:32]
-
-
 def ask_all(wanted, mode, args, ask=None):
     """What the judge says on all requests, from --verdicts or asked now.
 
-    wanted: {slot: messages}, where two slots may ask the same
+    wanted: {name: messages}, where two names may have the same messages
     ask: function messages -> text in place of the endpoint
-    returns {slot: verdict or None}, and the numbers of requests; a dry run has no verdicts
+    returns {name: verdict or None}, and the numbers of requests; a dry run has no verdicts
     """
-    keys = {slot: key_of(messages, args) for slot, messages in wanted.items()}
-    requests = {keys[slot]: messages for slot, messages in wanted.items()}
+    same = (args.judge_url, args.judge_model, args.judge_tokens)  # what a verdict depends on, beside messages
+    keys = {name: hashlib.sha256(json.dumps([*same, messages]).encode()).hexdigest()[:32]
+            for name, messages in wanted.items()}
+    requests = {keys[name]: messages for name, messages in wanted.items()}
     path = Path(args.verdicts)
     rows, size = kept_lines(path)
     texts = {row["key"]: row["text"] for row in rows if row.get("key") in requests}
@@ -526,14 +503,12 @@ def ask_all(wanted, mode, args, ask=None):
                 row = {"key": key, "judge": args.judge_model, "text": text}
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
                 f.flush()
-            if ask or args.judge_url:
-                failed = ask_endpoint(todo, ask or Endpoint(args), args.parallel, keep)
-            else:
-                failed = ask_local(todo, args, keep)
+            failed = (ask_endpoint(todo, ask or Endpoint(args), args.parallel, keep) if ask or args.judge_url
+                      else ask_local(todo, args, keep))
     for reason, count in failed.items():
         print(f"warning: {count} requests failed ({reason}); the same command asks them again")
-    said = {slot: verdict(mode, texts.get(key)) for slot, key in keys.items()}
-    unread = sum(said[slot] is None and key in texts for slot, key in keys.items())
+    said = {name: verdict(mode, texts.get(key)) for name, key in keys.items()}
+    unread = sum(said[name] is None and key in texts for name, key in keys.items())
     return said, {"judge": args.judge_model, "mode": mode, "requests": len(requests),
                   "failed": sum(failed.values()), "unread": unread}
 
@@ -581,11 +556,8 @@ def compare(outcome, ours, theirs, groups):
     outcome: [N] 1 win, 1/2 tie, 0 lose;  ours, theirs: [N] characters of the answers;  groups: [N] questions
     """
     outcome, ours, theirs = (np.asarray(x, float) for x in (outcome, ours, theirs))
-    if not len(outcome):
-        return {"n": 0}
     rate = accuracy(outcome, groups)
-    differ = ours != theirs
-    longer_wins = np.where(ours > theirs, outcome, 1 - outcome)[differ]
+    longer_wins = np.where(ours > theirs, outcome, 1 - outcome)[ours != theirs]
     return {"n": len(outcome), "win": float(np.mean(outcome == 1)), "tie": float(np.mean(outcome == 0.5)),
             "lose": float(np.mean(outcome == 0)), "win_rate": rate["accuracy"], "low": rate["low"],
             "high": rate["high"], "length_controlled": length_controlled(outcome, ours, theirs, groups),
@@ -603,7 +575,7 @@ def of_both_orders(first, second):
 
 def position_bias(pairs):
     """Of [(verdict, verdict with the answers swapped)]: share of decided verdicts for the first answer, 1/2
-    for a judge that does not look at the order, and share of pairs whose two orders, both read, agree."""
+    for a judge that ignores the order; share of the pairs with both verdicts in which the two agree."""
     decided = [v for pair in pairs for v in pair if v in ("A", "B")]
     agree = [pair in (("A", "B"), ("B", "A"), ("C", "C")) for pair in pairs if None not in pair]
     return {"first_wins": mean_of([v == "A" for v in decided]), "orders_agree": mean_of(agree)}
@@ -634,8 +606,7 @@ def judge_answers(args, ask=None):
     named = [named_file("--answers", spec) for spec in args.answers]
     other = named_file("--against", args.against) if args.against else None
     if not named or (other is None and args.mode == "pair"):
-        raise BadInput("--answers name=file says what is judged, and --against name=file with what --mode "
-                       "pair compares it: give both.")
+        raise BadInput("--answers name=file says what is judged; --mode pair needs --against name=file, too.")
     names = [name for name, _ in [*named, *([other] if other else [])]]
     if len(set(names)) < len(names):
         raise BadInput("--answers, --against: two of them have one name; give each its own.")
@@ -644,15 +615,13 @@ def judge_answers(args, ask=None):
     shared = set.intersection(*map(set, answers.values()))
     left_out = {name: len(found) - len(shared) for name, found in answers.items() if len(found) > len(shared)}
     if not shared:
-        raise BadInput("--answers, --against: the files have no question in common; judge answers to the "
-                       "same questions.")
+        raise BadInput("--answers, --against: no question in common; give answers to the same questions.")
     if left_out:
         print(f"warning: answers to questions that not all files have are left out: {left_out}")
-    ids = sorted(shared, key=str)
-    slots = [(i, turn) for i in ids for turn in range(len(answers[names[0]][i]["turns"]))]
+    turns = [(i, turn) for i in sorted(shared, key=str) for turn in range(len(answers[names[0]][i]["turns"]))]
 
     wanted = {}
-    for i, turn in slots:
+    for i, turn in turns:
         if args.mode == "pair":
             theirs = answers[other[0]][i]
             for name, _ in named:
@@ -665,30 +634,25 @@ def judge_answers(args, ask=None):
     if args.dry_run:
         return asked
     result = {**asked, "policies": {}}
-    for name in names:
-        if other and name == other[0] and args.mode == "pair":
-            continue
+    for name in names[:len(named)] if args.mode == "pair" else names:
         report = result["policies"][name] = {}
         if args.mode != "pair":
-            points = [said[name, i, turn] for i, turn in slots]
-            report["points"] = mean_of([p for p in points if p is not None])
+            report["points"] = mean_of([p for at in turns if (p := said[(name, *at)]) is not None])
         if other is None or name == other[0]:
             continue
-        rows = []
-        for i, turn in slots:
-            if args.mode == "pair":
-                outcome = of_both_orders(said[name, i, turn, 0], said[name, i, turn, 1])
-            else:
-                ours, theirs = said[name, i, turn], said[other[0], i, turn]
-                outcome = None if None in (ours, theirs) else (1 + np.sign(ours - theirs)) / 2
-            if outcome is not None:
-                rows.append((outcome, *(len(answers[n][i]["answers"][turn]) for n in (name, other[0])), i))
+        if args.mode == "pair":
+            verdicts = [(said[name, i, turn, 0], said[name, i, turn, 1]) for i, turn in turns]
+            outcomes = [of_both_orders(*pair) for pair in verdicts]
+        else:
+            verdicts = [(said[name, i, turn], said[other[0], i, turn]) for i, turn in turns]
+            outcomes = [None if None in pair else (1 + np.sign(pair[0] - pair[1])) / 2 for pair in verdicts]
+        rows = [(outcome, *(len(answers[n][i]["answers"][turn]) for n in (name, other[0])), i)
+                for (i, turn), outcome in zip(turns, outcomes) if outcome is not None]
         report["against"] = other[0]
         report.update(compare(*zip(*rows)) if rows else {"n": 0})
-        report["left_out"] = len(slots) - len(rows)
+        report["left_out"] = len(turns) - len(rows)
         if args.mode == "pair":
-            report["position"] = position_bias([(said[name, i, turn, 0], said[name, i, turn, 1])
-                                                for i, turn in slots])
+            report["position"] = position_bias(verdicts)
     return result
 
 
@@ -698,16 +662,13 @@ def judge_the_judge(args, ask=None):
     if not args.labels:
         raise BadInput("--labels: name a file with rows of input, output_1, output_2 and label.")
     rows, wanted = [], {}
-    for where, row in read_rows(args.labels):
+    for n, (where, row) in enumerate(read_rows(args.labels)):
         texts = [row.get(name) for name in ("input", "output_1", "output_2")]
         if not all(isinstance(text, str) for text in texts) or repr(row.get("label")) not in ("1", "2"):
-            raise BadInput(f"{where}: needs texts input, output_1, output_2 and label 1 or 2; correct the "
-                           f"row.")
-        good, bad = (texts[row["label"]], texts[3 - row["label"]])
-        rows.append({"source": str(row.get("source", "")), "input": texts[0], "good": good, "bad": bad})
-    for n, row in enumerate(rows):
-        sides = [{"turns": [row["input"]], "answers": [row[side]]} for side in ("good", "bad")]
-        wanted.update({(n, 0): pair_request(*sides, 0), (n, 1): pair_request(*sides[::-1], 0)})
+            raise BadInput(f"{where}: needs texts input, output_1, output_2, and label 1 or 2; correct it.")
+        good, bad = ({"turns": texts[:1], "answers": [texts[i]]} for i in (row["label"], 3 - row["label"]))
+        wanted.update({(n, 0): pair_request(good, bad, 0), (n, 1): pair_request(bad, good, 0)})
+        rows.append({"source": str(row.get("source", "")), "input": texts[0]})
     said, asked = ask_all(wanted, "pair", args, ask)
     if args.dry_run:
         return asked
@@ -750,11 +711,9 @@ def paper_table(args, ask=None):
             out = answers_file(args, kind, f"{kind}/{name}")
             generate_answers(replace(args, policy=policy, name=name, questions=path, out=str(out)), device)
             files.append(f"{name}={out}")
-        if kind == "mt_bench":
-            found = judge_answers(replace(args, answers=files, against="", mode="grade", questions=path), ask)
-        else:
-            found = judge_answers(replace(args, answers=files, against=f"baseline={baseline}", mode="pair",
-                                          questions=""), ask)
+        how = ({"mode": "grade", "against": "", "questions": path} if kind == "mt_bench" else
+               {"mode": "pair", "against": f"baseline={baseline}", "questions": ""})
+        found = judge_answers(replace(args, answers=files, **how), ask)
         for name, _ in policies:
             report, row = found["policies"][name], result["policies"].setdefault(name, {})
             row[kind] = report.get("points") if kind == "mt_bench" else None
@@ -770,8 +729,7 @@ def rank_pairs(args, device):
         raise BadInput("--pairs FILE with --value_model, --reward_model or both: give them.")
     if args.value_model:
         settings = gvm_settings(args.value_model)
-    subsets = {where: str(row.get("subset") or row.get("source") or "")
-               for where, row in read_rows(args.pairs)}
+    subsets = {at: str(row.get("subset") or row.get("source") or "") for at, row in read_rows(args.pairs)}
     records = [(record, pair) for record in read_data(args.pairs, args.allow_dropped)
                if (pair := preference_pair(record, args.split_seed))]
     if not records:
@@ -808,18 +766,59 @@ def rank_pairs(args, device):
     return result
 
 
+def show_judge(result):
+    rows, against = [], {found["against"] for found in result["policies"].values() if "against" in found}
+    for name, found in result["policies"].items():
+        fair, position = found.get("length_controlled", {}), found.get("position", {})
+        rows.append([name, found.get("points"), win_tie_lose(found), percent(found.get("win_rate"), found),
+                     percent(fair.get("win_rate"), fair), percent(found.get("longer_wins")),
+                     percent(position.get("first_wins")), percent(position.get("orders_agree")),
+                     found.get("n"), found.get("left_out")])
+    print_table(f"{ASKED.format(**result)}; against {' '.join(against) or 'nothing'}",
+                ["policy", "points", "win / tie / lose\n[%]", "win rate\n[%] (95 % interval)",
+                 "at equal length\n[%] (95 % interval)", "longer\nwins [%]", "first\nwins [%]",
+                 "orders\nagree [%]", "compared", "left out"], rows)
+
+
+def show_table(result):
+    names = {"alpaca_eval": "AlpacaEval, win rate\nat equal length [%]",
+             "arena_hard": "Arena-Hard,\nwin rate [%]", "mt_bench": "MT-Bench,\ngrade 1 to 10"}
+    print_table(f"Judge {result['judge']}; win rates are against the baseline's answers",
+                ["policy", *(names.get(kind, kind) for kind in next(iter(result["policies"].values())))],
+                [[name, *(x if x is None else f"{x:.4g}" for x in row.values())]
+                 for name, row in result["policies"].items()])
+
+
+def show_meta(result):
+    position = {"all": result["position"]}
+    print_table(ASKED.format(**result), ["source", "pairs", "agree with people\n[%] (95 % interval)",
+                                         "first\nwins [%]", "orders\nagree [%]"],
+                [[source or "no source", part["n"], percent(part.get("accuracy"), part),
+                  *(percent(position.get(source, {}).get(key)) for key in ("first_wins", "orders_agree"))]
+                 for source, part in result["agreement"].items()])
+
+
+def show_rank(result):
+    print_table("How often the chosen answer ranks above the rejected one; a tie counts half",
+                ["ranker", "subset", "pairs", "[%] (95 % interval)"],
+                [[*name.split(": ", 1), part["n"], percent(part["accuracy"], part)]
+                 for name, part in result["accuracy"].items()], left=2)
+
+
+ASKED = "Judge {judge}, --mode {mode}: {requests} requests, {failed} failed, {unread} not readable"
 COMMANDS = {"generate": lambda args: generate_answers(args, init_distributed()[2]), "judge": judge_answers,
             "table": paper_table, "rank": lambda args: rank_pairs(args, init_distributed()[2]),
             "meta": judge_the_judge}
+TABLES = {"judge": show_judge, "table": show_table, "rank": show_rank, "meta": show_meta}
 
 
 def main(argv=None):
     command, args = command_args(Args, COMMANDS, argv, outputs=("json",))
-    result = COMMANDS[command](args)
-    show(result)
+    result = {"command": command, "args": vars(args), **(COMMANDS[command](args) or {})}
     if args.json:
-        Path(args.json).write_text(json.dumps({"command": command, "args": vars(args), **result}, indent=1,
-                                              ensure_ascii=False), encoding="utf-8")
+        Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    if command != "generate" and not (args.dry_run and command != "table"):
+        TABLES[command](result)
 
 
 if __name__ == "__main__":

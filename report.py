@@ -5,13 +5,13 @@
 
 What it shows, as far as it is given:
   curves     of --runs over steps (Figure 3), with a band of one standard deviation over the seeds of a label
-  frontier   reward against KL from the reference, a line a label: what a method gets for how much drift
-  tables     what evaluate.py gvm and policy and judge.py wrote with --json; win rates with their 95 %
-             intervals as bars
+  frontier   reward over the KL from the reference, one line for each label: how much reward a method gains
+             and how far it moves for that
+  tables     what evaluate.py gvm, evaluate.py policy and judge.py wrote with --json; accuracies and win rates
+             with their 95 % intervals as bars
   answers    of several policies to the same questions, side by side
-  values     of every token of both answers of a pair (Figure 4), from `evaluate.py values --json`
-
-Every text is escaped, and the page forbids scripts and requests in its first lines.
+  values     the value of every token of two or more answers (Figure 4), from `evaluate.py values --json`
+Every text is escaped, and the page's first lines forbid scripts and requests.
 """
 
 import html
@@ -34,15 +34,15 @@ from judge import read_answers, read_questions
 @dataclass
 class Args:
     model: str = "toy"  # names the run folder that the default runs are taken from
-    runs: list[str] = field(default_factory=list)  # label=folder; folders of one label are seeds
+    runs: list[str] = field(default_factory=list)  # label=folder of a run; runs of one label are its seeds
     metrics: list[str] = field(default_factory=list)  # curves, default reward, value, KL, length, scores
-    reward: str = "objective/true_reward"  # of the frontier, over objective/kl
+    reward: str = "objective/true_reward"  # the reward that the frontier shows over objective/kl
     tables: list[str] = field(default_factory=list)  # files of --json of evaluate.py gvm, policy and judge.py
     values: list[str] = field(default_factory=list)  # files of evaluate.py values --json
-    answers: list[str] = field(default_factory=list)  # name=file of judge.py generate, one a policy
+    answers: list[str] = field(default_factory=list)  # name=file of judge.py generate, one for each policy
     questions: str = ""  # MT-Bench's question file, where --answers are MT-Bench's
     examples: int = 5  # questions whose answers are shown
-    title: str = "Runs"  # headline
+    title: str = "Runs"  # headline of the page
     out: str = "report.html"  # the page
 
 
@@ -123,8 +123,8 @@ def curves(runs, metrics):
 
 
 def frontier(runs, reward):
-    """A line a run through its steps: KL, in nats per response, to the right, reward upwards. Each point is a
-    mean over a tenth of the steps, because a batch says little."""
+    """One line for each run, through its steps: x is the KL [nats per response], y the reward. Each point is
+    a mean over a tenth of the steps, because one batch is noisy."""
     def draw(axis):
         for n, (label, seeds) in enumerate(runs.items()):
             for i, curves in enumerate(seeds.values()):
@@ -223,7 +223,7 @@ def judge_table(result):
 
 
 def plain_table(key):
-    """Of a result with a dict of dicts of numbers under `key`."""
+    """A function that makes the table of a result: a row for each entry of result[key], a dict of numbers."""
     def rows_of(result):
         names = list(dict.fromkeys(name for row in result[key].values() for name in row))
         return table(["", *names], [[escape(label), *(number(row.get(name)) for name in names)]

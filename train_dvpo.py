@@ -336,9 +336,9 @@ def load_models(sft, gvm_folder, settings, config, run):
 def main(args):
     rank, world, device = init_distributed()
     seed_everything(args.seed)
+    truth = load_truth(args)
     sft, tokenizer, config = rl_inputs(args, world)
     gvm_folder, settings = gvm_inputs(args, sft, tokenizer)
-    truth = load_truth(args)
     out = output_folder(args)
     train, test = rl_prompts(tokenizer, args, world)
     run = Run(args, tokenizer, device, rank, world)

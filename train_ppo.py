@@ -352,10 +352,10 @@ def load_models(sft, rm, critic_folder, config, run):
 def main(args):
     rank, world, device = init_distributed()
     seed_everything(args.seed)
+    truth = load_truth(args)
     sft, tokenizer, config = rl_inputs(args, world)
     rm = reward_inputs(args)
     critic_folder = critic_inputs(args, sft, rm, tokenizer)
-    truth = load_truth(args)
     out = output_folder(args)
     train, test = rl_prompts(tokenizer, args, world)
     run = Run(args, tokenizer, device, rank, world)

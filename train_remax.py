@@ -258,9 +258,9 @@ def load_models(sft, rm, config, run):
 def main(args):
     rank, world, device = init_distributed()
     seed_everything(args.seed)
+    truth = load_truth(args)
     sft, tokenizer, config = rl_inputs(args, world)
     rm = reward_inputs(args)
-    truth = load_truth(args)
     out = output_folder(args)
     train, test = rl_prompts(tokenizer, args, world)
     run = Run(args, tokenizer, device, rank, world)

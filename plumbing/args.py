@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from plumbing.errors import BadInput, one_line
+from plumbing.errors import MADE_BY, BadInput, one_line
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,20 +47,12 @@ def parse_args(cls, argv=None):
         defaults = pkgutil.resolve_name(f"{world}.defaults:DEFAULTS").get(Path(inspect.getfile(cls)).stem, {})
         parser.set_defaults(**{name: value for name, value in defaults.items() if name in names})
         values = parser.parse_args(argv)
-        check_made(values, *pkgutil.resolve_name(f"{world}.defaults:MADE"))
+        MADE_BY.update([pkgutil.resolve_name(f"{world}.defaults:MADE")])
     for flag, (low, high) in LIMITS.items():
         value = getattr(values, flag, low)
         if isinstance(value, (int, float)) and not low <= value <= high:  # true of nan, too
             raise BadInput(f"--{flag} {value:g} makes no sense: give a number from {low:g} to {high:g}.")
     return cls(**vars(values))
-
-
-def check_made(values, folder, command):
-    """Refuse to start on the files of a world that has not been made yet, with the command that makes it."""
-    for flag in ("base_model", "data"):
-        path = Path(getattr(values, flag, ""))
-        if Path(folder) in path.parents and not path.exists():
-            raise BadInput(f"--{flag} {path}: not there yet: run `{command}` first.")
 
 
 def command_args(cls, commands, argv, outputs):

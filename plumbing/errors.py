@@ -11,6 +11,15 @@ class BadInput(SystemExit):
     """One sentence for the person at the terminal: Python prints it to stderr and exits with status 1."""
 
 
+MADE_BY = {}  # folder of files that a command makes: the command
+
+
+def made_by(path):
+    """What to run first, where a path that is not there lies in a folder that a command makes; else ""."""
+    return "".join(f"; run `{command}` first" for folder, command in MADE_BY.items()
+                   if Path(folder) in Path(path).parents and not Path(path).exists())
+
+
 def one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
@@ -28,7 +37,7 @@ def loading(path, flag):
             why = "the repository is gated: accept its licence on huggingface.co and run `hf auth login`"
         else:
             why = "no such folder here, and the hub could not be reached or has no such model"
-        raise BadInput(f"{flag} {path}: cannot load it ({why}).") from None
+        raise BadInput(f"{flag} {path}: cannot load it ({why}){made_by(path)}.") from None
 
 
 @contextlib.contextmanager

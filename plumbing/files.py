@@ -4,7 +4,7 @@ import json
 import os
 import re
 
-from plumbing.errors import BadInput, one_line
+from plumbing.errors import BadInput, made_by, one_line
 
 
 EXTENSIONS = (".json", ".jsonl", ".parquet")
@@ -66,8 +66,8 @@ def hub_rows(source):
     split = split or "train"
     looks_like_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
     if not looks_like_id or os.path.splitext(name)[1].lower() in EXTENSIONS:
-        raise BadInput(f"{source or repr(source)}: no such file; give {', '.join(EXTENSIONS)} or a hub id "
-                       f"owner/name[:split]")
+        raise BadInput(f"{source or repr(source)}: no such file{made_by(source)}; give {', '.join(EXTENSIONS)} or a "
+                       f"hub id owner/name[:split]")
     try:
         import datasets
 

@@ -3,6 +3,7 @@
 import math
 
 from common import load_tokenizer
+from plumbing.args import load_plug
 from plumbing.checks import check_model, gvm_settings, rendered_end, reward_scale, tokenizer_fingerprint
 from plumbing.deepspeed_config import ds_config
 from plumbing.errors import BadInput
@@ -100,6 +101,7 @@ def gvm_inputs(args, sft, tokenizer):
     if args.value_fn and args.value_model:
         raise BadInput("--value_fn and --value_model both give the values: leave one out.")
     if args.value_fn:
+        load_plug(args.value_fn, "--value_fn")  # it is there, or this ends here
         return None, {"k": 0}
     folder = stage_folder(args.model, "gvm", args.value_model, "--value_model",
                           f"train_gvm.py --model {args.model}")
@@ -123,6 +125,7 @@ def reward_inputs(args):
     if args.reward_fn and args.reward_model:
         raise BadInput("--reward_fn and --reward_model both give the reward: leave one out.")
     if args.reward_fn:
+        load_plug(args.reward_fn, "--reward_fn")
         return None
     rm = stage_folder(args.model, "rm", args.reward_model, "--reward_model",
                       f"train_rm.py --model {args.model}")

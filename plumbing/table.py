@@ -2,7 +2,7 @@
 
 
 def print_table(title, columns, rows, left=1):
-    """Print a title, the names of the columns and a line for each row. Without rows print nothing.
+    """Print a title, the names of the columns and a line for each row; nothing without values.
 
     columns: names; what follows a newline in a name goes on a second line
     rows: lists of cells: text, numbers (a float with three decimals), or None where there is no value
@@ -10,7 +10,7 @@ def print_table(title, columns, rows, left=1):
     A column in which no row has a value is left out.
     """
     kept = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
-    if not kept:
+    if max(kept, default=0) < left:
         return
     head = [[(columns[i] + "\n").split("\n")[line] for i in kept] for line in (0, 1)]
     body = [["-" if row[i] is None else f"{row[i]:.3f}" if isinstance(row[i], float) else str(row[i])
@@ -36,5 +36,5 @@ def percent(share, interval=None):
 
 
 def win_tie_lose(found):
-    """Three shares in percent, of {"win", "tie", "lose"}."""
-    return " / ".join(f"{100 * found[outcome]:5.1f}" for outcome in ("win", "tie", "lose"))
+    """Three shares in percent, of {"win", "tie", "lose"}; None without them."""
+    return " / ".join(f"{100 * found[key]:4.1f}" for key in ("win", "tie", "lose") if key in found) or None

@@ -1,6 +1,7 @@
 """The plan counts what is there, and the benchmark runs both trainers as they are."""
 
 import json
+from types import SimpleNamespace
 import os
 import sys
 
@@ -26,13 +27,13 @@ def test_parameters_are_those_of_the_published_models(name, parameters):
 
 def test_what_is_counted_is_what_a_loaded_model_has():
     """Weights, head and LoRA of a small model, against tensors that exist."""
-    from peft import LoraConfig, get_peft_model
-    from common import lora_targets
+    from peft import get_peft_model
+    from common import lora_config
     config = plan.read_config(ROOT / "benchmarks/configs/tiny.json")
     parameters, head, lora = plan.count(config)
     model = AutoModelForCausalLM.from_config(config)
     assert parameters == sum(p.numel() for p in model.parameters()) and head == model.lm_head.weight.numel()
-    adapted = get_peft_model(model, LoraConfig(r=3, target_modules=lora_targets(model)))
+    adapted = get_peft_model(model, lora_config(model, "CAUSAL_LM", SimpleNamespace(lora_r=3, lora_alpha=1)))
     assert 3 * lora == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 

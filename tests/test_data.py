@@ -210,7 +210,7 @@ def test_import_touches_neither_network_nor_heavy_packages():
         "import socket, sys\n"
         "def refuse(*a, **k): raise AssertionError('network at import')\n"
         "socket.socket = socket.getaddrinfo = refuse\n"
-        "import data\n"
+        "import plumbing.data\n"
         "assert not {'datasets', 'torch', 'pyarrow', 'transformers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
@@ -510,7 +510,7 @@ def test_folder_and_unreadable_file(tmp_path, monkeypatch):
 
 def test_the_terminal_shows_the_sentence_and_status_1(tmp_path):
     path = write(tmp_path, "x.jsonl", "[1]")
-    code = f"import data; data.read_data({str(path)!r})"
+    code = f"import plumbing.data; plumbing.data.read_data({str(path)!r})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True
     )

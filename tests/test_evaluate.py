@@ -15,6 +15,7 @@ from common import DEFAULT_CHAT_TEMPLATE, load_value_base
 from plumbing.checks import tokenizer_fingerprint
 from plumbing.data import split_of
 from plumbing.errors import BadInput
+from plumbing.table import print_table
 from toy import bayes, reference, world
 
 WORDS = "<pad> <unk> <bos> <eos> User: Assistant: System: what is ? yes no it really not".split()
@@ -281,7 +282,7 @@ def test_gvm_command(world_dir, capsys):
     assert np.isclose(np.average([b["actual"] for b in found["calibration"]["bins"]],
                                  weights=[b["n"] for b in found["calibration"]["bins"]]), 0)  # scores 9 and 2: +-3.5
     shown = capsys.readouterr().out
-    assert "ranking shared_tau P99" in shown and "ranking baselines policy mean" in shown and "calibration" in shown
+    assert "token values: P99" in shown and "baseline: policy mean" in shown and "Calibration" in shown
 
 
 def test_gvm_without_tau_reads_plain_pairs(world_dir):
@@ -350,6 +351,105 @@ def test_plot_command(tmp_path):
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     steps, mean, std = evaluate.mean_and_band("m", "x", {"a": {"m": {0: 0.0, 1: 1.0}}, "b": {"m": {1: 3.0, 2: 5.0}}})
     assert steps == [1] and mean.tolist() == [2.0] and std.tolist() == [1.0]
+
+
+# ---- the tables --------------------------------------------------------------------------------------------
+
+def test_a_table_aligns_its_columns_and_leaves_out_empty_ones(capsys):
+    print_table("Title", ["name", "count\n[rows]", "never", "share"],
+                [["a", 10, None, 0.5], ["long name", 9, None, None]])
+    assert capsys.readouterr().out == """
+Title
+
+name        count  share
+           [rows]
+---------  ------  -----
+a              10  0.500
+long name       9      -
+"""
+    print_table("No rows", ["name", "count"], [])
+    print_table("No values", ["name", "count"], [["a", None]])
+    assert capsys.readouterr().out == ""
+
+
+def test_gvm_tables(capsys):
+    half = dict(zip(("gvm_exact", "gvm_bayes", "bayes_exact"), (0.25, 0.125, 0.5)))
+    seen = {"before": half, "decided": {}}
+    result = {"k": 4, "left_out": {"prompts without a pair": 3}, "ranking": {
+        "pairs": 9, "groups": 5, "shortened_tau": 2, "mean_value": {"good": 0.4, "bad": -0.1},
+        "shared_tau": {"mean": {"accuracy": 0.8, "low": 0.75, "high": 0.9}},
+        "own_tau": {"mean": {"accuracy": 0.85, "low": 0.8, "high": 0.9}},
+        "baselines": {"tau only": {"accuracy": 0.5, "low": 0.25, "high": 1.0}}},
+        "calibration": {"rmse": 0.125, "n": 3, "bins": [{"n": 2, "predicted": -0.5, "actual": -0.25},
+                                                        {"n": 1, "predicted": 0.5, "actual": 1.0}]},
+        "reference": {"seen": {"rows": 7, **seen, "policies": {"A-05": seen}}}}
+    evaluate.show_gvm(result)
+    assert capsys.readouterr().out == """
+Accuracy on 9 held-out pairs in 5 groups; K = 4, tau shortened 2 times; left out: 3 prompts without a pair
+mean value of the better answers 0.400, of the worse -0.100
+
+ranked by               one tau for both  each its own tau
+                     [%] (95 % interval)               [%]
+------------------  --------------------  ----------------
+token values: mean   80.0 (75.0 to 90.0)              85.0
+baseline: tau only  50.0 (25.0 to 100.0)                 -
+
+Calibration: value of the last token against the reward; RMSE 0.125
+
+bin by value  responses  mean value  mean reward
+------------  ---------  ----------  -----------
+1                     2      -0.500       -0.250
+2                     1       0.500        1.000
+
+RMSE of the values before the token that decides the answer, and from it on
+Bayes: the best estimate from tau; seen, unseen: the GVM was trained on the policy, or not
+
+      policy             before    before          before
+                       to exact  to Bayes  Bayes to exact
+----  ---------------  --------  --------  --------------
+seen  all (7 answers)     0.250     0.125           0.500
+seen  A-05                0.250     0.125           0.500
+"""
+    evaluate.show_gvm({**result, "left_out": {}, "calibration": None, "reference": {}})
+    shown = capsys.readouterr().out
+    assert "left out: nothing" in shown and "Calibration" not in shown and "RMSE" not in shown
+
+
+def test_policy_table(capsys):
+    """The first policy is not compared with itself; without KL (greedy) that column is left out."""
+    outcome = {"win": 0.5, "tie": 0.25, "lose": 0.25}
+    policy = {"scores": {"truth": {"mean": 0.4, "stderr": 0.01}, "gvm": {"mean": -1.0, "stderr": None}},
+              "against_first": {"truth": outcome, "gvm": {"win": 1.0, "tie": 0.0, "lose": 0.0}},
+              "kl": {"mean": 0.3, "stderr": 0.05}, "length": 14.12, "truncated": 0.0625}
+    result = {"reference": "runs/sft", "first": "sft", "prompts": 8, "temperature": 0.7,
+              "policies": {"sft": policy, "dvpo": policy}}
+    evaluate.show_policy(result)
+    assert capsys.readouterr().out == """
+8 held-out prompts, one answer each, temperature 0.7, against sft (runs/sft); mean ± standard error
+
+policy    true reward  GVM value             KL    length  truncated    win / tie / lose     win / tie / lose
+                                         [nats]  [tokens]        [%]  [%] by true reward     [%] by GVM value
+------  -------------  ---------  -------------  --------  ---------  ------------------  -------------------
+sft     0.400 ± 0.010     -1.000  0.300 ± 0.050      14.1        6.2                   -                    -
+dvpo    0.400 ± 0.010     -1.000  0.300 ± 0.050      14.1        6.2  50.0 / 25.0 / 25.0  100.0 /  0.0 /  0.0
+"""
+    evaluate.show_policy({**result, "policies": {"sft": {**policy, "kl": None}}})
+    shown = capsys.readouterr().out
+    assert "KL" not in shown and "lose" not in shown
+
+
+def test_plot_table(capsys):
+    curve = {"seeds": 2, "steps": 60, "first": 0.125, "last": 0.4375, "highest": 12.5}
+    curves = {"objective/kl": {"dvpo": curve}, "loss": {"a": curve}}
+    evaluate.show_plot({"args": {"png": ""}, "curves": curves})
+    assert capsys.readouterr().out == """
+Curves, mean over the seeds of a label; drawn in curves.png
+
+metric        label  seeds  steps  first   last  highest
+------------  -----  -----  -----  -----  -----  -------
+objective/kl  dvpo       2     60  0.125  0.438   12.500
+loss          a          2     60  0.125  0.438   12.500
+"""
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------

@@ -400,6 +400,79 @@ def test_one_command_makes_the_papers_table(files, chain, tmp_path, serve, monke
         judge.main([*map(str, words[:6]), str(paths["arena_hard"]), "--judge_model", "m"])
 
 
+WON = {"n": 4, "win": 0.5, "tie": 0.25, "lose": 0.25, "win_rate": 0.625, "low": 0.5, "high": 0.75,
+       "length_controlled": {"win_rate": 0.6, "low": 0.4, "high": 0.7}, "longer_wins": 0.75, "left_out": 1,
+       "against": "sft"}
+SAID = {"judge": "m", "requests": 9, "failed": 2, "unread": 1}
+
+
+def test_the_table_of_points(capsys):
+    judge.show_judge({**SAID, "mode": "score", "policies": {"dvpo": {"points": 4.5, **WON},
+                                                            "sft": {"points": 3.25}}})
+    assert capsys.readouterr().out == """
+Judge m, --mode score: 9 requests, 2 failed, 1 not readable; against sft
+
+policy  points    win / tie / lose             win rate      at equal length    longer  compared  left out
+                               [%]  [%] (95 % interval)  [%] (95 % interval)  wins [%]
+------  ------  ------------------  -------------------  -------------------  --------  --------  --------
+dvpo     4.500  50.0 / 25.0 / 25.0  62.5 (50.0 to 75.0)  60.0 (40.0 to 70.0)      75.0         4         1
+sft      3.250                   -                    -                    -         -         -         -
+"""
+
+
+def test_the_table_of_pairs(capsys):
+    """With what the judge made of the order. A policy of which no pair could be compared has its row, too."""
+    judge.show_judge({**SAID, "mode": "pair", "policies": {
+        "dvpo": {**WON, "position": {"first_wins": 0.5, "orders_agree": 0.8}, "longer_wins": None},
+        "ppo": {"against": "sft", "n": 0, "left_out": 5,
+                "position": {"first_wins": None, "orders_agree": None}}}})
+    assert capsys.readouterr().out == """
+Judge m, --mode pair: 9 requests, 2 failed, 1 not readable; against sft
+
+policy    win / tie / lose             win rate      at equal length     first     orders  compared  left out
+                       [%]  [%] (95 % interval)  [%] (95 % interval)  wins [%]  agree [%]
+------  ------------------  -------------------  -------------------  --------  ---------  --------  --------
+dvpo    50.0 / 25.0 / 25.0  62.5 (50.0 to 75.0)  60.0 (40.0 to 70.0)      50.0       80.0         4         1
+ppo                      -                    -                    -         -          -         0         5
+"""
+
+
+def test_the_tables_of_benchmarks_labels_and_rankers(capsys):
+    judge.show_table({"judge": "m", "policies": {
+        "sft": {"alpaca_eval": 31.5, "arena_hard": 50.0, "mt_bench": None},
+        "dvpo": {"alpaca_eval": 41.1234, "arena_hard": None, "mt_bench": 7.05}}})
+    part = {"accuracy": 0.9, "low": 0.75, "high": 1.0}
+    judge.show_meta({**SAID, "mode": "pair", "pairs": 20,
+                     "agreement": {"all": {"n": 20, **part}, "": {"n": 0}},
+                     "position": {"first_wins": 0.5, "orders_agree": 1.0}})
+    judge.show_rank({"pairs": 3, "accuracy": {"reward model: all": {"n": 3, **part},
+                                              "GVM, mean value: chat: easy": {"n": 1, **part}}})
+    assert capsys.readouterr().out == """
+Judge m; win rates are against the baseline's answers
+
+policy  AlpacaEval, win rate   Arena-Hard,      MT-Bench,
+         at equal length [%]  win rate [%]  grade 1 to 10
+------  --------------------  ------------  -------------
+sft                     31.5            50              -
+dvpo                   41.12             -           7.05
+
+Judge m, --mode pair: 9 requests, 2 failed, 1 not readable
+
+source     pairs     agree with people     first     orders
+                   [%] (95 % interval)  wins [%]  agree [%]
+---------  -----  --------------------  --------  ---------
+all           20  90.0 (75.0 to 100.0)      50.0      100.0
+no source      0                     -         -          -
+
+How often the chosen answer ranks above the rejected one; a tie counts half
+
+ranker           subset      pairs   [%] (95 % interval)
+---------------  ----------  -----  --------------------
+reward model     all             3  90.0 (75.0 to 100.0)
+GVM, mean value  chat: easy      1  90.0 (75.0 to 100.0)
+"""
+
+
 def test_rankers_on_preference_pairs(chain, baseline, tmp_path):
     """The reward model's accuracy by hand, by subset; the GVM's beside it; a tie is half."""
     rows = [{"prompt": "is thing1 red ?", "chosen": a, "rejected": b, "subset": subset}

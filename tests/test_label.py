@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import common
 import label
 import train_dpo
 import train_dvpo
@@ -23,6 +22,7 @@ from common import chat_ids, load_reward_model, load_tokenizer, reward_scores
 from plumbing.args import parse_args
 from plumbing.data import read_data, split_of
 from plumbing.errors import BadInput
+from plumbing import folders
 from conftest import ROOT, clean_env, feedback_rows, metrics, run_stage, start, write_jsonl
 
 
@@ -374,7 +374,7 @@ def test_two_ranks_write_the_file_of_one(words, tmp_path):
         cut_after(4, patch)
         with pytest.raises(PowerCut):
             run_label(words, out=tmp_path / "two.jsonl")
-    common.LOCKS.pop(tmp_path / ".two.jsonl.lock").close()  # this process lives on, a run would not
+    folders.LOCKS.pop(tmp_path / ".two.jsonl.lock").release()  # this process lives on, a run would not
     process = start([ROOT / "label.py", *argv_of({**words, "out": tmp_path / "two.jsonl"})], 2)
     text, _ = process.communicate(timeout=200)
     assert process.returncode == 0, text[-2000:]

@@ -16,8 +16,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import checkpoint
-import common
 import sft
 import train_dpo
 import train_dvpo
@@ -26,6 +24,8 @@ import train_ppo
 import train_remax
 import train_rm
 from conftest import metrics, recorded, run_stage, start
+from common import load_tokenizer
+from plumbing import checkpoint, log, ranks
 from plumbing.errors import BadInput
 
 STAGES = {"sft": sft, "gvm": train_gvm, "dvpo": train_dvpo, "rm": train_rm, "ppo": train_ppo,
@@ -54,7 +54,7 @@ def samples(folder):
 
 def cut_at(monkeypatch, step):
     """The run dies when it writes this step's row: half of the line is on the disk."""
-    write = common.MetricLog.write
+    write = log.MetricLog.write
 
     def dying(self, at, row):
         if at == step:
@@ -62,7 +62,7 @@ def cut_at(monkeypatch, step):
             self.file.flush()
             raise PowerCut
         write(self, at, row)
-    monkeypatch.setattr(common.MetricLog, "write", dying)
+    monkeypatch.setattr(log.MetricLog, "write", dying)
 
 
 def flags_of(name, flags, chain, baseline, **changes):
@@ -287,12 +287,12 @@ def test_nothing_of_an_earlier_model_is_left_in_the_folder(flags, chain, baselin
 
 def test_a_tokenizer_of_several_templates_is_saved_twice(flags, chain, baseline, tmp_path):
     model = shutil.copytree(flags.sft["model"], tmp_path / "model")
-    tokenizer = common.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     tokenizer.chat_template = {"default": tokenizer.chat_template, "rag": "{{ messages }}"}
     tokenizer.save_pretrained(model)
     for _ in range(2):
         run_stage(sft, **flags_of("sft", flags, chain, baseline, max_steps=1, model=model), output_dir=tmp_path / "o")
-    assert isinstance(common.load_tokenizer(tmp_path / "o").chat_template, str)
+    assert isinstance(load_tokenizer(tmp_path / "o").chat_template, str)
 
 
 def test_rows_of_the_log_are_lines_not_what_looks_like_one(tmp_path):
@@ -300,12 +300,12 @@ def test_rows_of_the_log_are_lines_not_what_looks_like_one(tmp_path):
     path = tmp_path / "samples.jsonl"
     path.write_text("".join(json.dumps({"step": i, "text": "a\u2028b\u0085"}, ensure_ascii=False) + "\n"
                             for i in range(5)) + '{"step"', encoding="utf-8")
-    common.keep_steps(path, 4)
+    log.keep_steps(path, 4)
     assert [json.loads(line)["step"] for line in path.read_bytes().split(b"\n")[:-1]] == [0, 1, 2, 3]
     path.write_bytes(b'{"step": 0}\n\xff\n{"step": 1}\n')
     with pytest.raises(BadInput, match="samples.jsonl:2"):
-        common.keep_steps(path, 2)
-    common.keep_steps(path, 0)
+        log.keep_steps(path, 2)
+    log.keep_steps(path, 0)
     assert path.read_bytes() == b""
 
 
@@ -319,7 +319,7 @@ def test_a_reward_model_that_is_not_evaluated_has_its_scale_all_the_same(flags, 
 
 def test_only_the_launcher_is_watched():
     """A run that was started by hand outlives the shell."""
-    assert checkpoint.parents() == []
+    assert ranks.parents() == []
 
 
 @pytest.mark.parametrize("change", [{"keep": 0}, {"save_every": -1}])
@@ -361,13 +361,13 @@ def test_a_full_disk_elsewhere(size, what, flags, chain, baseline, tmp_path, roo
     when there is room. (capsys: what is printed must not go to a file here.)"""
     run = {**flags_of("sft", flags, chain, baseline, save_every=2), "output_dir": tmp_path / "out"}
     run_stage(sft, **run)
-    before, write = weights(tmp_path / "out"), common.MetricLog.write
+    before, write = weights(tmp_path / "out"), log.MetricLog.write
 
     def full(self, step, row):
         room(size if step == (5 if size == 20_000 else 3) else resource.RLIM_INFINITY)
         write(self, step, row)
     with monkeypatch.context() as patch, pytest.raises(BadInput, match=f"{what} could not be written"):
-        patch.setattr(common.MetricLog, "write", full)
+        patch.setattr(log.MetricLog, "write", full)
         run_stage(sft, **run)
     room()
     assert weights(tmp_path / "out") == before != {}

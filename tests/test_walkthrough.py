@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 import sft
 import train_gvm
@@ -16,14 +17,18 @@ from train_dvpo import Args
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A toy build, an SFT model and a GVM of short runs, in one folder."""
+    """A toy build, an SFT model and a GVM of short runs, in one folder. The GVM's head is made 20 times larger:
+    after so few steps its values hardly differ, and three digits would not tell one formula from another."""
     folder = tmp_path_factory.mktemp("walkthrough")
     make.main(folder / "build", seed=0)
     toy = {"model": "toy", "micro_batch": 64}
     run_stage(sft, **toy, base_model=folder / "build" / "model", data=folder / "build" / "sft.jsonl",
               max_steps=200, output_dir=folder / "sft")
     run_stage(train_gvm, **toy, sft_model=folder / "sft", data=folder / "build" / "preferences.jsonl",
-              max_steps=40, eval_every=0, output_dir=folder / "gvm")
+              max_steps=20, eval_every=0, output_dir=folder / "gvm")
+    adapter = folder / "gvm" / "adapter_model.safetensors"
+    weights = {name: x * (20 if "score" in name else 1) for name, x in load_file(adapter).items()}
+    save_file(weights, adapter, metadata={"format": "pt"})
     return folder
 
 
@@ -37,7 +42,7 @@ def numbers(printed, name):
 @pytest.mark.parametrize("kind", ["gae", "q"])
 def test_advantages_follow_from_the_printed_values(kind, folder, capsys):
     flags = {"model": "toy", "sft_model": folder / "sft", "value_model": folder / "gvm", "advantage": kind,
-             "data": folder / "build" / "preferences.jsonl", "output_dir": folder}
+             "data": folder / "build" / "preferences.jsonl", "gae_lam": 0.8, "output_dir": folder}
     walkthrough.main(parse_args(Args, [str(x) for name, x in flags.items() for x in (f"--{name}", x)]))
     printed = capsys.readouterr().out
     beta, lam = (float(re.search(rf"{name} = ([\d.]+)", printed)[1]) for name in ("beta", "lambda"))
