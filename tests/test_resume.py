@@ -441,15 +441,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(name, flags, chain, 
     assert weights(tmp_path / "bad") == weights(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("stage, name", [(train_dvpo, "dvpo"), (train_ppo, "ppo")])
-def test_a_value_that_is_not_finite_names_the_prompt(stage, name, flags, chain, baseline, tmp_path, monkeypatch):
-    values_of = stage.response_values
+@pytest.mark.parametrize("stage, name, function", [(train_dvpo, "dvpo", "gvm_values"),
+                                                   (train_ppo, "ppo", "response_values")])
+def test_a_value_that_is_not_finite_names_the_prompt(stage, name, function, flags, chain, baseline, tmp_path,
+                                                     monkeypatch):
+    values_of = getattr(stage, function)
 
-    def poisoned(*args):
-        values = values_of(*args)
+    def poisoned(*args, **kwargs):
+        values = values_of(*args, **kwargs)
         values[0, 1] = float("inf")
         return values
-    monkeypatch.setattr(stage, "response_values", poisoned)
+    monkeypatch.setattr(stage, function, poisoned)
     with pytest.raises(BadInput, match="Step 0: .* is not finite .*'is thing"):
         run_stage(stage, **flags_of(name, flags, chain, baseline), output_dir=tmp_path)
 
