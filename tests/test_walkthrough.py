@@ -17,8 +17,11 @@ from train_dvpo import Args
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A toy build, an SFT model and a GVM of short runs, in one folder. The GVM's head is made 20 times larger:
-    after so few steps its values hardly differ, and three digits would not tell one formula from another."""
+    """A toy build, an SFT model and a GVM of short runs, in one folder.
+
+    The GVM's head is made 20 times larger: after so few steps its values hardly differ, and the three digits
+    that are printed would not tell one formula from another.
+    """
     folder = tmp_path_factory.mktemp("walkthrough")
     make.main(folder / "build", seed=0)
     toy = {"model": "toy", "micro_batch": 64}

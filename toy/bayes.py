@@ -10,8 +10,7 @@ what the model failed to learn (model to Bayes).
 """
 import numpy as np
 
-from toy.world import (MALFORMED, PROMPTS, TRAINING, draw_tau, parse, prefix_probability, prefix_value,
-                       prefixes, sample_answer, score, scripted_q, response_tokens)
+from toy.world import MALFORMED, TRAINING, parse, prefix_probability, prefix_value, prefixes
 
 
 def tau_weights(tau, policies=TRAINING):
@@ -50,53 +49,3 @@ def bayes_q(tau, prompt, response_tokens, policies=TRAINING):
 def undecided(tokens):
     """The beginning of a response before the token that decides: up to and including the first "is"."""
     return tokens[:tokens.index("is") + 1]
-
-
-def bayes_rmse(k, rng, rows=2000, writers=TRAINING, style_known=False):
-    """RMSE of the Bayes estimate to the exact Q over all prefixes before the decision, in units of r.
-
-    Each row has a tau of k pairs. Rows take turns through `writers`. The prior is always uniform over the
-    training policies, or over those of the writer's own style where the style is known.
-    """
-    errors = []
-    for row in range(rows):
-        policy = writers[row % len(writers)]
-        prior = [p for p in TRAINING if p.style == policy.style] if style_known else TRAINING
-        prompt = str(rng.choice(PROMPTS))
-        tokens = undecided(response_tokens(sample_answer(policy, prompt, rng)))
-        estimate = bayes_q(draw_tau(policy, prompt, k, rng), prompt, tokens, prior)
-        errors.extend(np.subtract(estimate, scripted_q(policy, prompt, tokens)))
-    return float(np.sqrt(np.mean(np.square(errors))))
-
-
-def tau_ranking_accuracy(k, rng, pairs=2000):
-    """How often the better-scored of two answers is found without reading them, from each writer's tau alone.
-
-    Two training policies answer one prompt; the one with the higher V(s_1) given its tau is called the
-    better. Equal scores are not counted, equal estimates count one half. This is what recognizing the policy
-    is worth in a ranking where each answer comes with its own tau, and it is worth nothing where all rows
-    share one policy.
-    """
-    hits = []
-    while len(hits) < pairs:
-        prompt = str(rng.choice(PROMPTS))
-        writers = [TRAINING[i] for i in rng.choice(len(TRAINING), size=2, replace=False)]
-        scores = [score(prompt, sample_answer(policy, prompt, rng), rng) for policy in writers]
-        values = [bayes_q(draw_tau(policy, prompt, k, rng), prompt, [])[0] for policy in writers]
-        if scores[0] != scores[1]:
-            hits.append(0.5 + 0.5 * np.sign(values[0] - values[1]) * np.sign(scores[0] - scores[1]))
-    return float(np.mean(hits))
-
-
-def leak_checks(rng, rows=2000):
-    """What could be learned without reading an answer's verdict.
-
-    style_ratio:        Bayes RMSE at K = 0 given the style over the one without it; below 0.97 the style
-                        would give the skill away
-    tau_accuracy_{K}:   ranking accuracy from tau alone, 0.5 at K = 0
-    """
-    seed = int(rng.integers(1 << 31))                            # both RMSEs on the same rows
-    unknown = bayes_rmse(0, np.random.default_rng(seed), rows)
-    known = bayes_rmse(0, np.random.default_rng(seed), rows, style_known=True)
-    accuracy = {f"tau_accuracy_{k}": tau_ranking_accuracy(k, rng, rows) for k in (0, 2, 4)}
-    return {"style_ratio": known / unknown, **accuracy}

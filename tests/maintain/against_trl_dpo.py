@@ -1,7 +1,7 @@
 """Our DPO loss, its gradient and the implied rewards against the DPOTrainer of TRL 1.16, on the same batches.
 
     pip install --target /tmp/trl16 --no-deps "trl==1.16.*" accelerate
-    PYTHONPATH=/tmp/trl16 python results/against_trl_dpo.py
+    PYTHONPATH=/tmp/trl16 python tests/maintain/against_trl_dpo.py
 
 TRL is not a dependency. Its trainer is built on a random Llama with another random one as reference; its own
 collator makes the batch and its own _compute_loss the loss. Ours are the functions of train_dpo.py on the
@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_dpo
 from common import load_policy, load_tokenizer
@@ -104,6 +104,7 @@ def main():
                                                                        for name in our_log))
     for name, x in worst.items():
         print(f"{name}: largest difference over 20 batches {x:.1e}")
+    assert max(worst.values()) <= 1e-5
 
 
 if __name__ == "__main__":

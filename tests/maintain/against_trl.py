@@ -1,7 +1,7 @@
 """Our GAE, returns, whitening and clipped losses against those of TRL 1.10.0, on random ragged batches.
 
     pip install --target /tmp/trl --no-deps trl==1.10.0 accelerate
-    PYTHONPATH=/tmp/trl python results/against_trl.py
+    PYTHONPATH=/tmp/trl python tests/maintain/against_trl.py
 
 TRL is not a dependency. Its whitening is a function; its GAE and its losses are lines of PPOTrainer.train,
 cut out of the installed file and executed here as they stand. Two differences are known and bridged: TRL
@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from train_dvpo import policy_loss
 from train_ppo import advantages, token_rewards, value_loss
