@@ -10,7 +10,7 @@ what the model failed to learn (model to Bayes).
 """
 import numpy as np
 
-from toy.world import MALFORMED, TRAINING, parse, prefix_probability, prefix_value, prefixes
+from toy.world import MALFORMED, TRAINING, parse, prefix_probability, prefix_value, prefixes, response_tokens
 
 
 def tau_weights(tau, policies=TRAINING):
