@@ -3,7 +3,6 @@ says, and the numbers of a table are what their docstrings promise."""
 
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import torch
 
 from common import batch_normalize
 from conftest import ROOT, run_stage
+from test_math import LENGTHS, assert_rows, ragged, whitened
 
 sys.path.insert(0, str(ROOT / "results"))
 import run
@@ -32,14 +32,8 @@ def patched(name, tmp_path):
     return module
 
 
-def ragged():
-    torch.manual_seed(0)
-    mask = torch.arange(6) < torch.tensor([5, 2, 3, 6])[:, None]
-    return torch.randn(4, 7), torch.randn(4, 6), mask
-
-
 def test_there_are_patches():
-    assert len(PATCHES) >= 5
+    assert len(PATCHES) >= 6
 
 
 @pytest.mark.parametrize("path", PATCHES, ids=lambda path: path.stem)
@@ -58,7 +52,8 @@ def test_a_patch_applies_and_the_script_still_trains(path, tmp_path, chain, flag
 
 
 def test_per_sequence_normalization_makes_every_row_zero_mean_and_unit_variance(tmp_path):
-    values, penalty, mask = ragged()
+    values, _, mask = ragged([5, 2, 3, 6])
+    penalty = torch.randn(mask.shape)
     advantage, _, _ = patched("norm_sequence", tmp_path).advantages("q", values, penalty, mask, 0.95)
     for row, m in zip(advantage, mask):
         assert row[m].mean().item() == pytest.approx(0, abs=1e-5)
@@ -66,9 +61,40 @@ def test_per_sequence_normalization_makes_every_row_zero_mean_and_unit_variance(
 
 
 def test_kl_outside_leaves_the_normalization_to_the_values(tmp_path):
-    values, penalty, mask = ragged()
+    values, _, mask = ragged()
+    penalty = torch.randn(mask.shape)
     advantage, _, _ = patched("kl_outside", tmp_path).advantages("q", values, penalty, mask, 0.95)
     assert torch.allclose(advantage, batch_normalize(values[:, 1:], mask)[0] - penalty * mask, atol=1e-6)
+
+
+def test_released_is_the_authors_recipe_token_by_token(tmp_path):
+    """Whitened V before the action; reward -penalty; no value behind the last token; GAE; whitened again."""
+    values, _, mask = ragged()
+    penalty = torch.rand(mask.shape)
+    states = whitened([values[i, :T].tolist() for i, T in enumerate(LENGTHS)])
+    rows = []
+    for i, v in enumerate(states):
+        row, ahead = [], 0.0
+        for t in reversed(range(len(v))):
+            after = v[t + 1] if t + 1 < len(v) else 0.0
+            ahead = -penalty[i, t].item() + after - v[t] + 0.95 * ahead
+            row.insert(0, ahead)
+        rows.append(row)
+    advantages = patched("released", tmp_path).advantages
+    assert_rows(advantages("released", values, penalty, mask, 0.95)[0], whitened(rows))
+
+
+def test_released_pushes_answers_better_than_the_mean_to_go_on(tmp_path):
+    """Where V is a constant v along an answer, A_t = -lambda^(T-t) v up to a scale: the EOS of a good answer
+    is pushed down the most, that of a bad one up. A length bias that the values themselves do not contain."""
+    # A good and a bad answer of T = 4 tokens, whitened to v = +1 and -1
+    values = torch.tensor([[0.8] * 5, [0.2] * 5])
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    advantages = patched("released", tmp_path).advantages
+    advantage, _, _ = advantages("released", values, torch.zeros(2, 4), mask, 0.9)
+    wanted = torch.tensor([-0.9 ** (4 - t) for t in range(1, 5)])
+    assert torch.allclose(advantage[0] / advantage[0, 3].abs(), wanted, atol=1e-5)
+    assert torch.allclose(advantage[1], -advantage[0], atol=1e-5)
 
 
 def test_the_step_of_convergence_by_hand():
@@ -115,15 +141,3 @@ def test_a_failed_run_ends_the_grid_with_its_log(tmp_path):
     with pytest.raises(SystemExit, match="no such thing"):
         g.execute()
     assert not (tmp_path / "bad/done").exists()
-
-
-def test_the_results_page_names_commands_that_exist():
-    """Each `python results/run.py X` is an experiment, each has its section and, once measured, its file."""
-    page = (ROOT / "results/README.md").read_text()
-    named = set(re.findall(r"python results/run\.py (\w+)", page))
-    assert named == {"compare", "lr", "beta", "instruction", "baseline", "advantage", "lam", "conditioning", "normalization",
-                     "drift", "frontier"}
-    assert all(callable(getattr(run, name)) for name in named)
-    for name in named - {"compare"}:
-        assert (ROOT / f"results/{name}.json").exists() or "Not measured yet" in page
-    assert "{{" not in page
