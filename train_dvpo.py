@@ -1,11 +1,11 @@
-"""Decoupled Value Policy Optimization (DVPO): PPO without a reward model and without a critic in the loop.
+"""Decoupled Value Policy Optimization (DVPO, arXiv 2502.16944): PPO without reward model and critic.
 
 The frozen global value model (GVM) says what every token of an answer is worth. What a token added to that,
 accumulated by GAE and normalized over the batch, is its advantage:
-    Q_t = Q(tau, s_t, a_t) of the GVM,  Q_0 = V(s_1),  tokens t = 1, 2, .. as in the paper
+    Q_t = Q(tau, s_t, a_t) of the GVM,  Q_0 = V(s_1),  KL_t = log pi_old - log pi_ref of a_t,  t = 1, 2, .. n
     gae     A_t = N( sum_l lambda^l (Q_(t+l) - Q_(t+l-1) - beta KL_(t+l)) )         the default here
     q       A_t = N( Q_t - beta KL_t )                                              Eq. 2, the paper
-    N(x) = (x - mu) / (sigma + eps)   over the response tokens of the batch, all ranks
+    N(x) = (x - mu) / (sigma + 1e-8)   over the response tokens of the batch, all ranks
     Eq. 3   L = -mean min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)
             rho_t = pi(a_t | s_t) / pi_old(a_t | s_t)
 Why no terminal score: Q already estimates the return of every token, the reward at the end included.
@@ -16,10 +16,10 @@ Departures from the paper:
 D1  The KL penalty is inside N, so that beta is in units of the GVM's reward. As N divides by sigma (logged as
     advantages/std), KL weighs beta / sigma in the advantage.
 D2  tau is drawn anew each step from the policy's previous rollouts: one draw for all rows and ranks.
-D3  --advantage gae is the default: on the same GVM it ended above the paper's q in every seed, at no more KL
-    (results/README.md, a).
+D3  --advantage gae is the default: on the same GVM it ended at a higher true reward than the paper's q in
+    every seed, at no more KL (results/README.md, a).
 D4  Two KLs. KL(policy, reference) is steered by beta to --kl_target. The paper's "target KL 0.1" is read as
-    the early stop on KL(pi_old, pi) per token (--early_stop_kl).
+    --early_stop_kl: no more updates of a step once KL(pi_old, pi) per token has passed it.
 
     python train_dvpo.py                                              the toy, on one CPU rank
     deepspeed train_dvpo.py --model meta-llama/Meta-Llama-3-8B        openbmb/UltraFeedback, ZeRO-3, bf16
@@ -62,7 +62,7 @@ class Args(RunArgs):
     model: str = "toy"  # Hugging Face id or folder; names the run folder
     sft_model: str = ""  # policy and reference, default runs/<model name>/sft
     value_model: str = ""  # the GVM's folder, default runs/<model name>/gvm
-    value_fn: str = ""  # module:function that gives the values in place of the GVM
+    value_fn: str = ""  # module:function (rows, policy, tokenizer) -> Q_0 .. Q_n of each row; no GVM then
     truth_fn: str = ""  # module:function that gives a true reward, which is logged and used by nothing
     lora_r: int = 0  # LoRA rank of what learns, merged at the end; 0 trains every weight
     lora_alpha: int = 32  # LoRA scale is alpha / r
@@ -118,7 +118,7 @@ def gae(delta, mask, lam):
 def advantages(kind, values, penalty, mask, lam):
     """What each token was worth, normalized over the batch of all ranks (D1).
 
-    gae   N(GAE(Q_t - Q_(t-1) - penalty_t))      the last token keeps its value: it is the return
+    gae   N(GAE(Q_t - Q_(t-1) - penalty_t))      Q_n stands for the return: there is no terminal reward
     q     N(Q_t - penalty_t)                     the paper's Eq. 2
     values:  [B, 1 + R] of the frozen GVM, Q_0 .. Q_R, units of reward
     penalty: [B, R] beta KL_t and what a missing EOS costs;  mask: [B, R] bool
@@ -171,7 +171,7 @@ def response_logprobs(model, batch, run):
     P, T = batch.P, batch.ids.shape[1]
     return model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
                  states=slice(P - 1, T - 1), actions=batch.ids[:, P:T], mask=batch.mask, use_cache=False,
-                 temperature=run.args.temperature,
+                 temperature=run.args.temperature,  # chunks: the same number on every rank, as ZeRO-3 needs
                  chunks=-(-len(batch.ids) * run.args.response_length // 1024))
 
 
@@ -186,9 +186,8 @@ def rollout(policy, rows, seeds, run):
 
 
 def draw_tau(previous, groups, k, rng):
-    """tau of this step: K rollouts of the policy's previous batch, on groups of prompts outside the current
-    batch while there are any. The same for every row, so that no row sees itself and the result does not
-    depend on the number of ranks."""
+    """tau of this step: K rollouts of the policy's previous batch, so that no row sees its own answer, about
+    other things (`group`) than the current batch while there are any. One draw for all rows and ranks."""
     order = [previous[i] for i in rng.permutation(len(previous))]
     order.sort(key=lambda row: row["group"] in groups)  # stable: outsiders first, shuffled among themselves
     return order[:k]
@@ -203,7 +202,7 @@ def score(models, rows, tau, run):
 
     returns Scored: batch, without tau; entropy, logp, ref_logp [B, R]; values [B, 1 + R]; no gradient
     """
-    models.policy.eval()  # in train mode --gradient_checkpointing would drop tau's keys and values
+    models.policy.eval()  # with --lora_r the GVM is in it, and train mode may drop the cache of tau
     batch = collate([row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows],
                     run.tokenizer.pad_token_id, run.device)
     old, ref, entropy = torch.zeros(3, *batch.mask.shape, device=run.device)
@@ -239,7 +238,7 @@ def update(models, scored, advantage, step, run):
     totals, tokens, updates, grad_norm, first_ratio, stopped = 0, 0, 0, 0.0, None, False
     policy.train()
     for epoch in range(args.ppo_epochs):
-        order = keyed_rng(args.seed, step, epoch, run.rank).permutation(len(batch.ids))
+        order = keyed_rng(args.seed, step, epoch, run.rank).permutation(len(batch.ids))  # of this rank's rows
         for rows in np.split(order, len(order) // (args.micro_batch * args.accum_steps)):
             n, = all_sum(batch.mask[rows].sum(), device=run.device)  # response tokens of the optimizer batch
             sums = 0
@@ -248,7 +247,8 @@ def update(models, scored, advantage, step, run):
                 old_logp = scored.logp[micro, :R]
                 logp, _ = response_logprobs(policy, part, run)
                 loss, stats = policy_loss(logp, old_logp, advantage[micro, :R], part.mask, args.cliprange)
-                # DeepSpeed averages gradients over ranks: a token mean is sum * ranks / tokens of all ranks
+                # backward adds to the gradients, step applies them. DeepSpeed averages over ranks: a token
+                # mean is sum * ranks / tokens of all ranks
                 policy.backward(loss * run.world / n)
                 sums += torch.stack([*stats, loss.detach()]).cpu()
                 if first_ratio is None:
@@ -279,8 +279,8 @@ def last_values(scored):
 
 
 def metrics_of(rows, scored, kl, raw_mean, raw_std, beta):
-    """gvm/drift is the mean of Q_n - Q_0. E[Q_(t+1) | s_t, a_t] = Q_t for the values of the policy that
-    sampled: it is 0 while the GVM knows whom it is valuing, and needs no truth."""
+    """gvm/drift is the mean of Q_n - Q_0, about 0 if values are those of the policy that sampled. Above 0
+    answers end better than the GVM foresaw: it underrates the policy, or is exploited."""
     q = scored.values[:, 1:] * scored.batch.mask
     metrics, sums = rollout_metrics(rows, scored.batch, kl, scored.entropy, beta, raw_mean, raw_std,
                                     q=q.sum(), q_square=(q ** 2).sum(),
@@ -308,7 +308,8 @@ def load_models(sft, gvm_folder, settings, config, run):
     """policy: a DeepSpeed engine, the only one that learns. reference: the frozen SFT model. value: function
     (rows, tau) -> Q_0 .. Q_n of each row, by the frozen GVM (or by --value_fn).
 
-    The reference's weights are in memory once: a GVM that is LoRA on them, and a LoRA policy, use the same.
+    The reference's weights are in memory once: a GVM that is LoRA on them (on_sft) and a LoRA policy use the
+    same copy: `shared` answers by role.
     """
     import deepspeed
     args, dtype = run.args, dtype_of(config)
@@ -319,18 +320,18 @@ def load_models(sft, gvm_folder, settings, config, run):
     base = policy if lora else load_policy(sft, run.tokenizer, dtype, "--sft_model")
     on_sft = gvm_folder and settings["on_sft"]
     gvm = load_gvm(gvm_folder, dtype, lm=base if on_sft else None)[0] if gvm_folder else None
-    frozen = OneBase(base, gvm if on_sft else None, lora)
-    policy = frozen if lora else LogProbs(policy)
-    parameters, = train_only(policy, ".policy." if lora else "")  # nothing but the policy learns
+    shared = OneBase(base, gvm if on_sft else None, lora)
+    policy = shared if lora else LogProbs(policy)
+    parameters, = train_only(policy, ".policy." if lora else "")  # nothing but the policy, by name, learns
     optimizer = adamw([(parameters, args.lr)], config, args.max_grad_norm)
     policy, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
-    frozen = policy if lora else freeze(frozen, config, run.device)
+    shared = policy if lora else freeze(shared, config, run.device)
     if gvm_folder:
-        gvm = functools.partial(frozen, role="gvm") if on_sft else freeze(gvm, config, run.device)
+        gvm = functools.partial(shared, role="gvm") if on_sft else freeze(gvm, config, run.device)
         value = functools.partial(gvm_values, gvm, run=run)
     else:
         value = load_value_fn(policy, run)
-    return Models(policy, functools.partial(frozen, role="reference"), value)
+    return Models(policy, functools.partial(shared, role="reference"), value)
 
 
 def main(args):
@@ -369,7 +370,7 @@ def main(args):
         tau = draw_tau(previous, groups, k, keyed_rng(args.seed, step))
         scored = score(models, rows, fit_tau(tau, rows, settings, run), run)
         batch = scored.batch
-        check_scores_finite(step, rows, *scored[2:])
+        check_scores_finite(step, rows, *scored[2:])  # logp and all that stands behind it
         clock("score")
 
         # 3. advantages: beta KL_t and the cost of a missing EOS, both in units of reward, then GAE or Eq. 2

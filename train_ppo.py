@@ -18,7 +18,7 @@ D2  The critic starts from the reward model, as in InstructGPT (with --reward_fn
     --critic_model names another start), and --critic_warmup gives it rollout batches of its own before the
     policy moves.
 D4  Two KLs. KL(policy, reference) is steered by beta to --kl_target. The paper's "target KL 0.1" is read as
-    the early stop on KL(pi_old, pi) per token (--early_stop_kl).
+    --early_stop_kl: no more updates of a step once KL(pi_old, pi) per token has passed it.
 
     python train_ppo.py                                               the toy, on one CPU rank
     deepspeed train_ppo.py --model meta-llama/Meta-Llama-3-8B         openbmb/UltraFeedback, ZeRO-3, bf16
@@ -191,7 +191,7 @@ def response_logprobs(model, batch, run):
     P, T = batch.P, batch.ids.shape[1]
     return model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
                  states=slice(P - 1, T - 1), actions=batch.ids[:, P:T], mask=batch.mask, use_cache=False,
-                 temperature=run.args.temperature,
+                 temperature=run.args.temperature,  # chunks: the same number on every rank, as ZeRO-3 needs
                  chunks=-(-len(batch.ids) * run.args.response_length // 1024))
 
 
@@ -249,7 +249,7 @@ def update(models, scored, advantage, returns, step, run):
     policy.train()
     learner.train()
     for epoch in range(args.ppo_epochs):
-        order = keyed_rng(args.seed, step, epoch, run.rank).permutation(len(batch.ids))
+        order = keyed_rng(args.seed, step, epoch, run.rank).permutation(len(batch.ids))  # of this rank's rows
         for rows in np.split(order, len(order) // (args.micro_batch * args.accum_steps)):
             n, = all_sum(batch.mask[rows].sum(), device=run.device)  # response tokens of the optimizer batch
             sums = 0
@@ -259,7 +259,8 @@ def update(models, scored, advantage, returns, step, run):
                 with torch.set_grad_enabled(not warming):  # during the warm-up only the critic learns
                     logp, _ = response_logprobs(policy, part, run)
                 loss, stats = policy_loss(logp, old_logp, advantage[micro, :R], part.mask, args.cliprange)
-                # DeepSpeed averages gradients over ranks: a token mean is sum * ranks / tokens of all ranks
+                # backward adds to the gradients, step applies them. DeepSpeed averages over ranks: a token
+                # mean is sum * ranks / tokens of all ranks
                 if not warming:
                     policy.backward(loss * run.world / n)
                 v_loss, v_clipped = value_loss(response_values(models.critic, part), scored.values[micro, :R],
@@ -343,9 +344,9 @@ def load_models(sft, rm, critic_folder, config, run):
         optimizer = adamw([(parameters, lr)], config, args.max_grad_norm)
         engines.append(deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0])
     policy, critic = engines
-    frozen = policy if lora else OneBase(load_policy(sft, run.tokenizer, dtype, "--sft_model"))
-    frozen = policy if lora else freeze(frozen, config, run.device)
-    reference = functools.partial(frozen, role="reference")
+    shared = policy if lora else OneBase(load_policy(sft, run.tokenizer, dtype, "--sft_model"))
+    shared = policy if lora else freeze(shared, config, run.device)
+    reference = functools.partial(shared, role="reference")
     return Models(policy, reference, critic, score_answers)
 
 
@@ -379,7 +380,7 @@ def main(args):
         # 2. score: log pi_old, log pi_ref, V(s) and r(x, y), all without gradient
         scored = score(models, rows, run)
         batch = scored.batch
-        check_scores_finite(step, rows, *scored[2:])
+        check_scores_finite(step, rows, *scored[2:])  # logp and all that stands behind it
         clock("score")
 
         # 3. advantages: the score, beta KL_t and the cost of a missing EOS as rewards, then GAE on the critic

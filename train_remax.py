@@ -141,7 +141,7 @@ def response_logprobs(model, batch, run):
     P, T = batch.P, batch.ids.shape[1]
     return model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
                  states=slice(P - 1, T - 1), actions=batch.ids[:, P:T], mask=batch.mask, use_cache=False,
-                 temperature=run.args.temperature,
+                 temperature=run.args.temperature,  # chunks: the same number on every rank, as ZeRO-3 needs
                  chunks=-(-len(batch.ids) * run.args.response_length // 1024))
 
 
@@ -249,9 +249,9 @@ def load_models(sft, rm, config, run):
     parameters, = train_only(policy, ".policy." if lora else "")  # nothing but the policy learns
     optimizer = adamw([(parameters, args.lr)], config, args.max_grad_norm)
     policy, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
-    frozen = policy if lora else OneBase(load_policy(sft, run.tokenizer, dtype, "--sft_model"))
-    frozen = policy if lora else freeze(frozen, config, run.device)
-    reference = functools.partial(frozen, role="reference")
+    shared = policy if lora else OneBase(load_policy(sft, run.tokenizer, dtype, "--sft_model"))
+    shared = policy if lora else freeze(shared, config, run.device)
+    reference = functools.partial(shared, role="reference")
     return Models(policy, reference, reward)
 
 
@@ -288,7 +288,7 @@ def main(args):
         # 2. score: log pi_old, log pi_ref, r(x, y) and b(x), all without gradient
         scored = score(models, rows, greedy, run)
         batch = scored.batch
-        check_scores_finite(step, rows, *scored[2:])
+        check_scores_finite(step, rows, *scored[2:])  # logp and all that stands behind it
         clock("score")
 
         # 3. advantages: the score, beta KL_t and the cost of a missing EOS as rewards, their sum less b(x)

@@ -40,7 +40,8 @@ SMALL = ["--batch_size", 16, "--micro_batch", 8]
 def make_toy(folder):
     """The toy, a short sft and gvm on it. Returns the flags --data and --sft_model of what builds on them."""
     toy = folder / "toy"
-    subprocess.run([sys.executable, "-m", "toy.make", "--out", toy], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "toy.make", "--out", toy], cwd=ROOT, check=True,
+                   capture_output=True)
     data = ["--data", toy / "preferences.jsonl", "--sft_model", folder / "sft"]
     whole(["sft.py", "--base_model", toy / "model", "--data", toy / "sft.jsonl", "--max_steps", 60, *SMALL,
            "--output_dir", folder / "sft"], 1)
@@ -84,8 +85,8 @@ def kill_and_resume(name, words, ranks, kills, folder, rng):
               flush=True)
     whole([*words, "--output_dir", killed, "--resume", True], ranks)
     same = numbers(killed) == numbers(straight) and weights(killed) == weights(straight) != {}
-    print(f"{name} on {ranks} rank(s): {kills} kills, {in_save} while saving: {'the same' if same else 'NOT the same'}",
-          flush=True)
+    print(f"{name} on {ranks} rank(s): {kills} kills, {in_save} while saving: "
+          f"{'the same' if same else 'NOT the same'}", flush=True)
     return same
 
 

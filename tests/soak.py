@@ -3,8 +3,8 @@
     python tests/soak.py                     about 20 minutes on one core
     python tests/soak.py --steps 200
 
-Prints, of each quarter of the steps, the largest resident memory, file handles and threads of the process. Exits
-with 1 when the last quarter has over 2 % more memory than the second, or more handles or threads.
+Prints, of each quarter of the steps, the largest resident memory, file handles and threads of the process.
+Exits with 1 when the last quarter has over 2 % more memory than the second, or more handles or threads.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """The plan counts what is there, and the benchmark runs both trainers as they are."""
 
 import json
-from types import SimpleNamespace
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,8 +86,8 @@ def test_what_zero_and_lora_divide():
 
 
 def test_the_table_says_what_fits(capsys):
-    rows = plan.main([str(ROOT / "benchmarks/configs/llama-3-8b.json"), "--gpus", "1", "--lora_r", "16", "--prompt",
-                      "256", "--gradient_checkpointing", "--gpu_gb", "24",
+    rows = plan.main([str(ROOT / "benchmarks/configs/llama-3-8b.json"), "--gpus", "1", "--lora_r", "16",
+                      "--prompt", "256", "--gradient_checkpointing", "--gpu_gb", "24",
                       "--ds_config", str(ROOT / "ds_configs/zero1.json")])
     lines = capsys.readouterr().out.splitlines()
     assert [row["method"] for row in rows] == ["dvpo", "ppo", "ppo_shared"]

@@ -128,14 +128,15 @@ def test_the_other_rows_of_the_comparison_under_zero3(world, sft, rm):
     data = ["--sft_model", sft, "--data", world / "toy/preferences.jsonl",
             "--ds_config", "ds_configs/zero3.json", "--lr", 1e-2]
     text = launch("train_remax.py", *data, "--reward_model", rm, "--rollout_batch", 4, "--micro_batch", 2,
-                  "--response_length", 8, "--max_steps", 2, "--eval_prompts", 4, "--output_dir", world / "remax")
+                  "--response_length", 8, "--max_steps", 2, "--eval_prompts", 4,
+                  "--output_dir", world / "remax")
     assert "max |ratio - 1| 0.0e+00" in text and "KL 0.0e+00" in text
     first, second = rows_of(world / "remax")
     assert first["objective/kl"] == 0 and second["objective/kl"] != 0 and "eval/scores" in second
     assert first["grad_norm"] > 0 and first["policy/updates"] > 0
     text = launch("train_dpo.py", *data, "--max_steps", 2, "--batch_size", 8, "--micro_batch", 2,
                   "--eval_pairs", 7, "--output_dir", world / "dpo")
-    assert "reference: log-probs of 23 pairs in" in text  # an odd number, dealt to two ranks
+    assert "reference: log-probs of 23 pairs in" in text  # an odd number, on two ranks
     first, second = rows_of(world / "dpo")
     assert abs(first["loss"] - 0.6931) < 0.02 and second["loss"] != first["loss"]  # in bf16
     assert 0 <= second["eval/accuracy"] <= 1 and first["grad_norm"] > 0

@@ -1,4 +1,5 @@
-"""data.py: each shape to its record, each kind of noise counted, each error one sentence with its place."""
+"""plumbing/data.py: each shape to its record, each kind of noise counted, each error one sentence with its
+place."""
 
 import json
 import math
@@ -557,7 +558,8 @@ def test_damaged_rows_give_records_or_bad_input_and_nothing_else(tmp_path):
 def test_damaged_rows_read_for_their_prompts(tmp_path):
     """The same where only prompts are wanted; what is right otherwise is right here."""
     draw, outcomes = random.Random(1), Counter()
-    sound = [*(row for row, _, _ in SHAPE_CASES.values()), {"instruction": "a", "input": "b"}, {"prompt": "c"}]
+    sound = [*(row for row, _, _ in SHAPE_CASES.values()), {"instruction": "a", "input": "b"},
+             {"prompt": "c"}]
     for _ in range(2000):
         row = damaged({**draw.choice(sound), "group": "g"}, draw)
         path = write(tmp_path, "x.jsonl", json.dumps(row))
@@ -617,7 +619,7 @@ def test_a_pair_is_drawn_from_what_may_be_taken():
 
 
 def test_all_pairs_are_every_two_of_unequal_score():
-    """By hand: 9 > 5 = 5 > 2 gives five pairs; an answer without a score is in none; a pair stays that pair."""
+    """By hand: 9 > 5 = 5 > 2 gives five pairs; an answer without a score is in none; a pair stays a pair."""
     responses = [{"text": text, "policy": None, "score": score}
                  for text, score in (("b", 5.0), ("a", 9.0), ("none", None), ("c", 5.0), ("d", 2.0))]
     record = {"shape": "ultrafeedback", "prompt": [{"role": "user", "content": "q"}], "responses": responses}

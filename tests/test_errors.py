@@ -1,5 +1,5 @@
-"""Bad input ends in one sentence that says what to change, and in a non-zero exit status; never in a traceback,
-and before a model is loaded unless the fault lies in its weights."""
+"""Bad input ends in one sentence that says what to change, and in a non-zero exit status; never in a
+traceback, and before a model is loaded unless the fault lies in its weights."""
 
 import json
 import random
@@ -31,7 +31,8 @@ from plumbing.data import split_of
 from plumbing.deepspeed_config import ds_config
 from plumbing.errors import BadInput
 from plumbing.folders import base_of
-from conftest import FP32, ROOT, WORDS, clean_env, feedback_rows, run_stage, tiny_llama, word_tokenizer, write_jsonl
+from conftest import (FP32, ROOT, WORDS, clean_env, feedback_rows, run_stage, tiny_llama, word_tokenizer,
+                      write_jsonl)
 from test_data import damaged
 
 ROWS = feedback_rows()
@@ -61,7 +62,8 @@ def world(flags, chain, baseline, tmp_path, monkeypatch):
     return SimpleNamespace(
         folder=tmp_path, model=flags.sft["model"], sft_folder=chain.sft, gvm_folder=chain.gvm,
         rm_folder=baseline.rm, folder_of_metrics=chain.dvpo,
-        flags={sft: {**flags.sft, **out}, train_gvm: {**flags.gvm, **on_sft}, train_rm: {**flags.rm, **on_sft},
+        flags={sft: {**flags.sft, **out}, train_gvm: {**flags.gvm, **on_sft},
+               train_rm: {**flags.rm, **on_sft},
                train_dvpo: {**flags.dvpo, "value_model": chain.gvm, **on_sft},
                train_ppo: {**flags.ppo, "reward_model": baseline.rm, **on_sft},
                train_remax: {**flags.remax, "reward_model": baseline.rm, **on_sft},
@@ -83,13 +85,14 @@ def loaded(monkeypatch):
 # ---- ways to break a folder or a file ----
 
 def copy(world, source, **changes):
-    """A copy of a model's folder with some files changed: name -> bytes, function of the old ones, or None."""
+    """A copy of a model's folder with some files changed: name -> bytes, function of the old, or None."""
     folder = world.folder / "copy"
     shutil.copytree(source, folder)
     for name, change in changes.items():
-        path = folder / {"config": "config.json", "tokenizer": "tokenizer.json", "weights": "model.safetensors",
-                         "tokenizer_config": "tokenizer_config.json", "gvm": "gvm.json", "rm": "rm.json",
-                         "template": "chat_template.jinja", "adapter": "adapter_model.safetensors",
+        path = folder / {"config": "config.json", "tokenizer": "tokenizer.json", "rm": "rm.json",
+                         "weights": "model.safetensors", "tokenizer_config": "tokenizer_config.json",
+                         "gvm": "gvm.json", "template": "chat_template.jinja",
+                         "adapter": "adapter_model.safetensors",
                          "adapter_config": "adapter_config.json"}[name]
         if change is None:
             path.unlink()
@@ -163,7 +166,8 @@ def rows(world, *given):
 
 
 def scored(score):
-    return [{**row, "completions": [{**c, "overall_score": score} for c in row["completions"]]} for row in ROWS]
+    return [{**row, "completions": [{**c, "overall_score": score} for c in row["completions"]]}
+            for row in ROWS]
 
 
 def without(share, held_out):
@@ -189,7 +193,8 @@ MODELS = [  # stage, flags to change (or a function of the world that gives them
     (sft, lambda w: {"model": copy(w, w.model, tokenizer=half)}, "--model .*copy"),
     (sft, lambda w: {"model": copy(w, w.model, tokenizer=None, tokenizer_config=None)}, "--model .*copy"),
     (sft, lambda w: {"model": no_eos(w)}, "no EOS token"),
-    (sft, lambda w: {"model": copy(w, w.model, template=b"{{ raise_exception('never') }}")}, "chat template .*never"),
+    (sft, lambda w: {"model": copy(w, w.model, template=b"{{ raise_exception('never') }}")},
+     "chat template .*never"),
     (sft, lambda w: {"model": copy(w, w.model, template=b"{% for m in %}")}, "chat template fails"),
     (sft, lambda w: {"model": copy(w, w.model, template=b"{{ messages[0]['role'].nothing.at_all }}")},
      "chat template fails"),
@@ -199,14 +204,16 @@ MODELS = [  # stage, flags to change (or a function of the world that gives them
     (sft, lambda w: {"model": copy(w, w.model, weights=None)}, "--model .*cannot load", LATE),
     (sft, lambda w: {"model": copy(w, w.model, weights=of_weights(lambda t: t.pop("model.norm.weight")))},
      "missing .*model.norm.weight", LATE),
-    (sft, lambda w: {"model": copy(w, w.model, config=edited(intermediate_size=48))}, "--model .*cannot load", LATE),
+    (sft, lambda w: {"model": copy(w, w.model, config=edited(intermediate_size=48))},
+     "--model .*cannot load", LATE),
     (sft, lambda w: {"model": pickled(w)}, "--model .*safetensors", LATE),
     (train_gvm, {"sft_model": "./nothing"}, "run `sft.py --model .*--sft_model"),
     (train_gvm, lambda w: {"sft_model": "", "model": w.model}, "run `sft.py --model .*--sft_model"),
     (train_rm, {"sft_model": "./nothing"}, "run `sft.py --model .*--sft_model"),
     (train_dvpo, {"sft_model": "./nothing"}, "run `sft.py --model .*--sft_model"),
     (train_ppo, {"sft_model": "./nothing"}, "run `sft.py --model .*--sft_model"),
-    (train_gvm, lambda w: {"sft_model": copy(w, w.sft_folder, weights=half)}, "--sft_model .*cannot load", LATE),
+    (train_gvm, lambda w: {"sft_model": copy(w, w.sft_folder, weights=half)},
+     "--sft_model .*cannot load", LATE),
     (train_rm, lambda w: {"sft_model": copy(w, w.sft_folder, weights=of_weights(
         lambda t: t.pop("model.norm.weight")))}, "missing .*model.norm.weight", LATE),
     (train_dvpo, lambda w: {"sft_model": w.gvm_folder}, "--sft_model .*adapter"),
@@ -214,7 +221,8 @@ MODELS = [  # stage, flags to change (or a function of the world that gives them
     (train_dvpo, lambda w: {"value_model": w.sft_folder}, "--value_model .*train_gvm.py"),
     (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, gvm=half)}, "--value_model .*train_gvm.py"),
     (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, gvm=b"3")}, "--value_model .*train_gvm.py"),
-    (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, gvm=edited(k=None))}, "train_gvm.py wrote .*k"),
+    (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, gvm=edited(k=None))},
+     "train_gvm.py wrote .*k"),
     (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, gvm=edited(k="four"))}, "gvm.json: wrong k"),
     (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, gvm=edited(base_model="/gone"))}, "/gone"),
     (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, adapter=half)}, "--value_model"),
@@ -223,27 +231,32 @@ MODELS = [  # stage, flags to change (or a function of the world that gives them
     (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, adapter=of_weights(
         lambda t: [t.update({k: x[:1].clone()}) for k, x in t.items() if "lora_A" in k]))},
      "--value_model .*cannot load", LATE),
-    (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, adapter_config=b"{")}, "--value_model .*cannot load",
-     LATE),
+    (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, adapter_config=b"{")},
+     "--value_model .*cannot load", LATE),
     (train_dvpo, lambda w: {"sft_model": model_with(w, [*WORDS[:-2], WORDS[-1], WORDS[-2]])},
      "--value_model .*another tokenizer"),
     (train_ppo, {"reward_model": "./nothing"}, "run `train_rm.py --model .*--reward_model"),
     (train_ppo, lambda w: {"reward_model": w.sft_folder}, "--reward_model .*no trained one-label head", LATE),
     (train_ppo, lambda w: {"reward_model": copy(w, w.rm_folder, rm=half)}, "rm.json cannot be read"),
     (train_ppo, lambda w: {"reward_model": copy(w, w.rm_folder, rm=b"{}")}, "rm.json cannot be read"),
-    (train_ppo, lambda w: {"reward_model": copy(w, w.rm_folder, rm=edited(scale="wide"))}, "rm.json cannot be read"),
-    (train_ppo, lambda w: {"reward_model": copy(w, w.rm_folder, rm=edited(scale=0))}, "rm.json cannot be read"),
+    (train_ppo, lambda w: {"reward_model": copy(w, w.rm_folder, rm=edited(scale="wide"))},
+     "rm.json cannot be read"),
+    (train_ppo, lambda w: {"reward_model": copy(w, w.rm_folder, rm=edited(scale=0))},
+     "rm.json cannot be read"),
     (train_ppo, lambda w: {"reward_model": copy(w, w.rm_folder, adapter_config=b"{")}, "adapter_config.json"),
     (train_ppo, lambda w: {"reward_model": copy(w, w.rm_folder, adapter=half)}, "--reward_model"),
     (train_ppo, lambda w: {"reward_model": short_reward_model(w)}, "38 tokens .* 32 of --reward_model"),
     (train_ppo, lambda w: {"critic_model": model_with(w, [*WORDS[:-2], WORDS[-1], WORDS[-2]])},
      "--critic_model .*another vocabulary"),
-    *((stage, {"sft_model": "./nothing"}, "run `sft.py --model .*--sft_model") for stage in (train_remax, train_dpo)),
-    *((stage, lambda w: {"sft_model": w.gvm_folder}, "--sft_model .*adapter") for stage in (train_remax, train_dpo)),
+    *((stage, {"sft_model": "./nothing"}, "run `sft.py --model .*--sft_model")
+      for stage in (train_remax, train_dpo)),
+    *((stage, lambda w: {"sft_model": w.gvm_folder}, "--sft_model .*adapter")
+      for stage in (train_remax, train_dpo)),
     *((stage, lambda w: {"sft_model": copy(w, w.sft_folder, weights=half)}, "--sft_model .*cannot load", LATE)
       for stage in (train_remax, train_dpo)),
     (train_remax, {"reward_model": "./nothing"}, "run `train_rm.py --model .*--reward_model"),
-    (train_remax, lambda w: {"reward_model": w.sft_folder}, "--reward_model .*no trained one-label head", LATE),
+    (train_remax, lambda w: {"reward_model": w.sft_folder},
+     "--reward_model .*no trained one-label head", LATE),
     (train_remax, lambda w: {"reward_model": copy(w, w.rm_folder, rm=half)}, "rm.json cannot be read"),
     (train_remax, lambda w: {"reward_model": short_reward_model(w)}, "38 tokens .* 32 of --reward_model"),
 ]
@@ -255,24 +268,28 @@ DATA = [
     (sft, lambda w: {"data": w.folder}, "is a folder"),
     (sft, lambda w: {"data": file(w, "a,b", "x.csv")}, "x.csv: unknown extension"),
     (sft, lambda w: {"data": file(w, "")}, "data.jsonl is empty"),
-    (sft, lambda w: {"data": file(w, json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1])[:30])}, "data.jsonl:2: not valid"),
+    (sft, lambda w: {"data": file(w, json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1])[:30])},
+     "data.jsonl:2: not valid"),
     (sft, lambda w: {"data": file(w, b'{"instruction": "caf\xe9"}')}, "data.jsonl:1: .*UTF-8"),
     (sft, lambda w: {"data": file(w, "[1, 2]")}, "data.jsonl:1: the row must be an object"),
     (sft, lambda w: {"data": file(w, b"PAR1", "x.parquet")}, "x.parquet: unreadable"),
     (sft, lambda w: {"data": rows(w, {"text": "a"})}, "data.jsonl:1: no known shape"),
-    (sft, lambda w: {"data": rows(w, ROWS[0], {**ROWS[1], "completions": "b"})}, "data.jsonl:2: completions must be"),
+    (sft, lambda w: {"data": rows(w, ROWS[0], {**ROWS[1], "completions": "b"})},
+     "data.jsonl:2: completions must be"),
     (sft, lambda w: {"data": rows(w, {**ROWS[0], "completions": [{"model": "m"}]})}, "has no `response`"),
     (sft, lambda w: {"data": rows(w, {**ROWS[0], "group": []})}, "group must be"),
     (sft, lambda w: {"data": rows(w, {"chosen": "a", "rejected": "b"})}, "without their prompt"),
     (sft, lambda w: {"data": rows(w, *({**row, "completions": []} for row in ROWS))}, "nothing is left"),
-    (sft, lambda w: {"data": rows(w, *({"instruction": "a", "output": " "} for _ in range(3)))}, "nothing is left"),
+    (sft, lambda w: {"data": rows(w, *({"instruction": "a", "output": " "} for _ in range(3)))},
+     "nothing is left"),
     (sft, lambda w: {"data": rows(w, *ROWS[:40], *({**row, "completions": []} for row in ROWS[40:]))},
      r"more than 10%.*--allow_dropped"),
     (train_gvm, lambda w: {"data": rows(w, *scored(float("nan")))}, "no score.*nothing is left"),
     (train_gvm, lambda w: {"data": rows(w, *scored("N/A"))}, "no score.*nothing is left"),
     (train_gvm, lambda w: {"data": rows(w, *scored(7))}, "no pair of unequal scores|10%"),
     (train_gvm, lambda w: {"data": rows(w, *PAIRS)}, "no policy name.*--k 0"),
-    (train_gvm, lambda w: {"data": rows(w, *PAIRS), "reward": "score", "k": 0}, "data.jsonl:.*--reward preference"),
+    (train_gvm, lambda w: {"data": rows(w, *PAIRS), "reward": "score", "k": 0},
+     "data.jsonl:.*--reward preference"),
     (train_gvm, {"reward": "score", "score_max": 5}, "--score_min.*--score_max"),
     *((stage, lambda w, share=share, held_out=held_out: {"data": rows(w, *without(share, held_out))},
        "data.jsonl.*too few")
@@ -311,7 +328,8 @@ FLAGS = [
     (sft, {"eval_every": -1}, "--eval_every -1"),
     (sft, {"ds_config": "ds_configs/zero4.json"}, "--ds_config ds_configs/zero4.json"),
     *((sft, lambda w, text=text: {"ds_config": file(w, text, "ds.json")}, f"--ds_config .*ds.json: .*{part}")
-      for text, part in (("{", "choose"), ("[]", "choose"), ("3", "choose"), ('{"zero_optimization": 3}', "choose"),
+      for text, part in (("{", "choose"), ("[]", "choose"), ("3", "choose"),
+                         ('{"zero_optimization": 3}', "choose"),
                          ('{"zero_optimization": {"stage": 7}}', "stage"),
                          ('{"zero_optimization": {"stage": 2, "nonsense": 1}}', "nonsense"),
                          ('{"zero_optimisation": {"stage": 3}}', "zero_optimisation"),
@@ -320,7 +338,8 @@ FLAGS = [
                          ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}',
                           "zero_force_ds_cpu_optimizer"),
                          ('{"bf16": {"enabled": "perhaps"}}', "bool"), ('{"bf16": true}', "choose"),
-                         ('{"fp16": {"enabled": true}}', "fp16"), ('{"optimizer": {"type": "Adam"}}', "optimizer"),
+                         ('{"fp16": {"enabled": true}}', "fp16"),
+                         ('{"optimizer": {"type": "Adam"}}', "optimizer"),
                          ('{"train_batch_size": 7}', "train_batch_size"))),
     (train_gvm, {"k": -1}, "--k -1"),
     (train_gvm, {"lam": 1.5}, "--lam 1.5"),
@@ -349,16 +368,19 @@ FLAGS = [
     (train_dvpo, {"cliprange": 0}, "--cliprange 0"),
     (train_dvpo, {"gae_lam": -0.5}, "--gae_lam -0.5"),
     (train_dvpo, {"advantage": "best"}, "--advantage"),
-    (train_dvpo, {"max_prompt_length": 100, "response_length": 29}, "--max_prompt_length 100 .*--response_length 29.* 128"),
+    (train_dvpo, {"max_prompt_length": 100, "response_length": 29},
+     "--max_prompt_length 100 .*--response_length 29.* 128"),
     *((train_dvpo, {"value_model": "", flag: spec}, f"--{flag} {spec}: .*module:function")
       for flag in ("value_fn", "truth_fn")
       for spec in ("nomodule:values", "json:nofunction", "json", "json:decoder", "..x:y")),
     (train_dvpo, {"value_fn": "json:dumps"}, "--value_fn and --value_model"),
     (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, gvm=edited(chat_template="{% for"))},
      "chat template fails"),
-    (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, gvm=edited(context=16))}, "38|more than the 16"),
+    (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, gvm=edited(context=16))},
+     "38|more than the 16"),
     (train_dvpo, lambda w: {"value_model": copy(w, w.gvm_folder, gvm=edited(k=-3))}, "gvm.json: wrong k"),
-    (sft, lambda w: {"model": copy(w, w.model), "output_dir": w.folder / "copy"}, "a model that this run reads"),
+    (sft, lambda w: {"model": copy(w, w.model), "output_dir": w.folder / "copy"},
+     "a model that this run reads"),
     (train_ppo, {"share_base": True}, "--share_base .*--lora_r"),
     (train_ppo, {"reward_fn": "json:dumps"}, "--reward_fn and --reward_model"),
     (train_ppo, {"cliprange_value": 0}, "--cliprange_value 0"),
@@ -376,7 +398,8 @@ FLAGS = [
     (train_remax, {"temperature": 0}, "--temperature 0"),
     (train_remax, {"ppo_epochs": 2}, "--ppo_epochs"),
     (train_remax, {"reward_fn": "json:dumps"}, "--reward_fn and --reward_model"),
-    (train_remax, {"reward_model": "", "reward_fn": "nomodule:x"}, "--reward_fn nomodule:x: .*module:function"),
+    (train_remax, {"reward_model": "", "reward_fn": "nomodule:x"},
+     "--reward_fn nomodule:x: .*module:function"),
     *((stage, lambda w, below=below: {"output_dir": file(w, "", "taken") / below}, "--output_dir .*taken")
       for stage in (sft, train_gvm, train_rm, train_dvpo, train_ppo, train_remax, train_dpo)
       for below in ("", "below")),
@@ -409,7 +432,8 @@ def name_of(case):
 
 @pytest.mark.parametrize("case", BAD, ids=map(name_of, BAD))
 def test_bad_input_ends_in_one_sentence(case, world, loaded, capsys):
-    """Which names the flag, file or row; nothing is left in the output folder, and models stay where they are."""
+    """Which names the flag, file or row; nothing is left in the output folder, and no model is loaded unless
+    the fault is in its weights."""
     stage, changes, part, *late = case
     if stage is evaluate:
         text = ends_with(stage, changes, capsys)
@@ -428,8 +452,8 @@ def test_there_are_many_of_them():
 
 
 def test_what_is_odd_but_right_goes_through(world, capsys):
-    """A byte order mark, CRLF, other scripts, rows that come twice, and a row of 10 MB, which is dropped by the
-    length limit and counted."""
+    """A byte order mark, CRLF, other scripts, rows that come twice, and a row of 10 MB, which is dropped by
+    the length limit and counted."""
     rows = [*ROWS, ROWS[0], {**ROWS[1], "instruction": "ist жёлтый 黄色 rot\u2028?"},
             {"instruction": next(f"is it {i} ?" for i in range(99) if split_of(f"is it {i} ?", 0) == "sft"),
              "completions": [
@@ -463,7 +487,8 @@ def readers(world):
     return {"gvm.json": (folder / "gvm.json", lambda: gvm_settings(folder)),
             "rm.json": (rm / "rm.json", lambda: reward_scale(rm)),
             "adapter_config.json": (rm / "adapter_config.json", lambda: base_of(rm)),
-            "config.json": (model / "config.json", lambda: check_model(model, tokenizer, "--model", 9, "asked")),
+            "config.json": (model / "config.json",
+                            lambda: check_model(model, tokenizer, "--model", 9, "asked")),
             "tokenizer_config.json": (model / "tokenizer_config.json", lambda: load_tokenizer(model)),
             "zero3.json": (world.folder / "zero3.json", lambda: ds_config(world.folder / "zero3.json")),
             "done.json": (checkpoint / "done.json", lambda: refuse(Checkpoints.damage(alone, checkpoint))),
@@ -474,7 +499,7 @@ def readers(world):
 @pytest.mark.parametrize("name", ["gvm.json", "rm.json", "adapter_config.json", "config.json",
                                   "tokenizer_config.json", "zero3.json", "done.json", "metrics.jsonl"])
 def test_damaged_settings_are_read_or_refused_and_nothing_else(name, world):
-    """Values replaced and bytes overwritten, at random. (tests/test_data.py does it to the data's readers.)"""
+    """Values replaced and bytes overwritten, at random. (tests/test_data.py has the data's readers.)"""
     path, read = readers(world)[name]
     sound, draw, refused = path.read_text(), random.Random(0), 0
     rounds = 60 if name == "tokenizer_config.json" else 200
@@ -509,6 +534,72 @@ def test_no_compiler_for_deepspeeds_cpu_library(world, monkeypatch, capsys):
     """Said at once, not by a failing build."""
     monkeypatch.setenv("CXX", "/nowhere/c++")
     assert "C++" in ends_with(sft, world.flags[sft], capsys)
+
+
+@pytest.mark.parametrize("stage", [sft, train_rm, train_gvm, train_dvpo, train_ppo, train_remax, train_dpo])
+def test_track_without_wandb_ends_before_training(stage, world, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    text = ends_with(stage, {**world.flags[stage], "track": True}, capsys)
+    assert re.search("--track .*`pip install .*wandb", text), text
+    out = world.folder / "out"
+    assert not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text()
+    assert not list(out.glob("*.safetensors")) and not list(out.glob("checkpoints/*"))
+
+
+def test_a_clean_clone_names_the_command_that_makes_its_files(tmp_path):
+    """`python sft.py` is typed first."""
+    for name in ("common.py", "sft.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("plumbing", "toy", "ds_configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("build", "__pycache__"))
+    done = subprocess.run([sys.executable, "sft.py"], cwd=tmp_path, env=clean_env(), timeout=120, text=True,
+                          capture_output=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search("--base_model toy/build/model: .*; run `python -m toy.make` first.$",
+                     done.stderr.strip().splitlines()[-1]), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("stage, given, part", [
+    (sft, [], "--base_model toy/build/model: .*; run `python -m toy.make` first"),
+    (sft, ["base_model"], "toy/build/sft.jsonl: no such file; run `python -m toy.make` first"),
+    (train_gvm, [], "run `sft.py --model toy` first"),
+    (train_gvm, ["sft_model"], "toy/build/preferences.jsonl: .*; run `python -m toy.make` first")])
+def test_what_is_to_be_run_first(stage, given, part, world, capsys):
+    """In an empty folder the defaults of --model toy name files that are not there."""
+    text = ends_with(stage, {"ds_config": FP32, **{name: world.sft_folder for name in given}}, capsys)
+    assert re.search(part, text), text
+
+
+def test_a_defaults_file_outside_of_the_repository_is_not_executed(tmp_path):
+    """A model's folder may come from anybody: of such a one no code is run, whatever it is called."""
+    for name in ("mine", "toy"):
+        (tmp_path / "here" / name).mkdir(parents=True)
+        (tmp_path / "here" / name / "defaults.py").write_text(
+            f"open({str(tmp_path / 'executed')!r}, 'w').close()\nDEFAULTS, MADE = {{}}, ('', '')\n")
+        (tmp_path / "here" / name / "__init__.py").write_text("")
+    code = ("import sys; sys.path[0] = sys.argv[1]; import sft; from plumbing.args import parse_args; "
+            "print([parse_args(sft.Args, ['--model', model]).lr for model in sys.argv[2:]])")
+    done = subprocess.run([sys.executable, "-c", code, ROOT, "toy", "mine", "./mine", "../here/mine",
+                           tmp_path / "here/mine", "mine.defaults", "here/../mine"],
+                          cwd=tmp_path / "here", env=clean_env(), timeout=120, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not (tmp_path / "executed").exists()
+    its_own = parse_args(sft.Args, ["--model", "toy"]).lr
+    assert done.stdout.strip().splitlines()[-1] == str([its_own] + 6 * [sft.Args.lr])
+    assert its_own != sft.Args.lr
+
+
+def test_importing_a_stage_touches_nothing(tmp_path):
+    """No network, no files, no process group: importing is free of side effects."""
+    code = ("import socket;"
+            " socket.socket.connect = lambda *a: (_ for _ in ()).throw(RuntimeError('network'));"
+            f"import sys; sys.path.insert(0, {str(ROOT)!r});"
+            " import sft, train_rm, train_gvm, train_dvpo, train_ppo, train_remax, train_dpo, label;"
+            " import evaluate, judge, report;"
+            " import torch;"
+            "assert not torch.distributed.is_initialized()")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("stage", [sft, train_rm, train_gvm, train_dvpo, train_ppo])

@@ -1,5 +1,5 @@
-"""label.py: which policies answer which prompts, whose scores are in the file, that the stages read it, and that an
-interrupted run ends as one that was not."""
+"""label.py: which policies answer which prompts, whose scores are in the file, that the stages read it, and
+that an interrupted run ends as one that was not."""
 
 import json
 import re
@@ -19,10 +19,10 @@ import train_dpo
 import train_dvpo
 import train_gvm
 from common import chat_ids, load_reward_model, load_tokenizer, reward_scores
+from plumbing import folders
 from plumbing.args import parse_args
 from plumbing.data import read_data, split_of
 from plumbing.errors import BadInput
-from plumbing import folders
 from conftest import ROOT, clean_env, feedback_rows, metrics, run_stage, start, write_jsonl
 
 
@@ -53,7 +53,7 @@ def run_label(words, **changes):
 # ---- what is in the file ----
 
 def test_the_file_is_ultrafeedback_with_the_policies_names(words, data):
-    """Every prompt of the shares but SFT, three of the four policies each, in the schema that read_data takes."""
+    """Every prompt of the shares but SFT, three of the four policies each, in a schema of read_data."""
     rows = run_label(words)
     wanted = [row["instruction"] for row in feedback_rows() if split_of(row["instruction"], 0) != "sft"]
     assert [row["instruction"] for row in rows] == wanted and len(wanted) > 20
@@ -65,7 +65,8 @@ def test_the_file_is_ultrafeedback_with_the_policies_names(words, data):
     scores = [c["overall_score"] for row in rows for c in row["completions"]]
     assert (min(scores), max(scores)) == (1, 10)
     records = read_data("labels.jsonl")
-    assert [r["policy"] for record in records for r in record["responses"]] == [m for row in rows for m in row["models"]]
+    policies = [response["policy"] for record in records for response in record["responses"]]
+    assert policies == [name for row in rows for name in row["models"]]
     from datasets import load_dataset
     assert load_dataset("json", data_files="labels.jsonl", split="train").num_rows == len(rows)
     assert {path.name for path in Path().iterdir()} == {"labels.jsonl", "labels.jsonl.settings",
@@ -89,8 +90,8 @@ def test_greedy_answers_are_the_policys_own(words, chain):
 
 
 def test_scores_are_the_reward_models_of_the_text_in_the_file(words, baseline):
-    """Each text with its EOS, scored anew one at a time; the map to 1 .. 10 is linear between the lowest and the
-    highest 1 %."""
+    """Each text with its EOS, scored anew one at a time; the map to 1 .. 10 is linear between the lowest and
+    the highest 1 %."""
     rows = run_label(words)
     model, tokenizer, *_ = load_reward_model(baseline.rm, torch.float32)
     pairs = []
@@ -111,8 +112,9 @@ def test_scores_are_the_reward_models_of_the_text_in_the_file(words, baseline):
 
 
 def test_answers_from_a_file_are_scored_with_the_others(words, data, capsys):
-    """The data's own answers under their policies' names, pairs under a name that is given, nothing sampled."""
-    pairs = [{"prompt": row["instruction"], "chosen": "yes .", "rejected": "no ."} for row in feedback_rows()[:20]]
+    """The data's own answers under their policies' names, pairs under a name of ours, nothing sampled."""
+    pairs = [{"prompt": row["instruction"], "chosen": "yes .", "rejected": "no ."}
+             for row in feedback_rows()[:20]]
     write_jsonl(Path("pairs.jsonl"), pairs)
     del words["policies"]
     rows = run_label(words, answers=[data, "people=pairs.jsonl"])
@@ -130,7 +132,8 @@ def test_answers_from_a_file_are_scored_with_the_others(words, data, capsys):
 def test_answers_without_scores_and_twice_the_same_command(words, capsys):
     """What nobody has scored, and few of them: the settings that are kept recognize the same command."""
     rows = [{"instruction": row["instruction"], "completions": [
-        {"model": c["model"], "response": c["response"]} for c in row["completions"]]} for row in feedback_rows()]
+        {"model": c["model"], "response": c["response"]} for c in row["completions"]]}
+            for row in feedback_rows()]
     del words["policies"]
     given = write_jsonl(Path("given=1.jsonl"), rows[:3])  # a file's own name may have a =
     data = write_jsonl(Path("unscored.jsonl"), rows)
@@ -142,7 +145,7 @@ def test_answers_without_scores_and_twice_the_same_command(words, capsys):
 
 
 def test_prompts_alone_are_enough(words, capsys):
-    """Rows of `instruction` or `prompt`, chats that end with the user: the same answers as with the data's own."""
+    """Rows of `instruction` or `prompt`, chats that end with the user: the same answers as with the data."""
     rows = [row["instruction"] for row in feedback_rows()]
     shapes = [lambda text: {"instruction": text}, lambda text: {"prompt": text},
               lambda text: {"prompt": [{"role": "user", "content": text}]},
@@ -153,8 +156,9 @@ def test_prompts_alone_are_enough(words, capsys):
 
 
 def test_cut_answers_and_groups_are_marked(words, data, chain):
-    """"truncated" says whether a sampled answer has no EOS, nothing of a given one; the data's groups stay."""
-    grouped = write_jsonl(Path("grouped.jsonl"), [{**row, "group": f"g{i % 3}"} for i, row in enumerate(feedback_rows())])
+    """"truncated" says that a sampled answer has no EOS, and nothing of a given one; groups stay."""
+    grouped = write_jsonl(Path("grouped.jsonl"), [{**row, "group": f"g{i % 3}"}
+                                                  for i, row in enumerate(feedback_rows())])
     rows, tokenizer = run_label(words, data=grouped), load_tokenizer(chain.sft)
     assert {row["group"] for row in rows} == {"g0", "g1", "g2"}
     flags = [(c["truncated"], len(tokenizer(c["response"], add_special_tokens=False).input_ids))
@@ -189,8 +193,8 @@ def test_only_some_prompts_and_policies(words):
 
 
 def test_the_noise_of_an_answer_is_its_prompts_and_policys(words, chain, monkeypatch):
-    """Not its batch's: other micro batches give the same texts. Two names of one folder are two samples of it,
-    each taken once."""
+    """Not its batch's: other micro batches give the same texts. Two names of one folder are two samples of
+    it, each taken once."""
     batches = cut_after(10**9, monkeypatch)
     words = {**words, "policies": [f"a={chain.sft}", f"b={chain.sft}"], "temperatures": [1], "per_prompt": 2}
     rows = run_label(words)
@@ -207,10 +211,12 @@ def test_what_cannot_be_labelled_is_counted(words, capsys):
     rows = feedback_rows()
     chat = [{"role": "user", "content": "is it red ?"}, {"role": "assistant", "content": "no ."},
             {"role": "user", "content": "is it blue ?"}, {"role": "assistant", "content": "yes ."}]
-    write_jsonl(Path("mixed.jsonl"), [*rows, {"messages": chat}, *[{"instruction": "is it red ? " * 20, "output": "no ."}] * 20])
+    long = {"instruction": "is it red ? " * 20, "output": "no ."}
+    write_jsonl(Path("mixed.jsonl"), [*rows, {"messages": chat}, *[long] * 20])
     run_label(words, data="mixed.jsonl", shares=["sft", "value", "rl", "test"])
     shown = capsys.readouterr().out
-    assert "dropped 2 (" in shown and "1 prompt of several turns" in shown and "1 prompt over --max_prompt_length" in shown
+    assert "dropped 2 (" in shown and "1 prompt of several turns" in shown
+    assert "1 prompt over --max_prompt_length" in shown
     write_jsonl(Path("chats.jsonl"), [{"messages": [{"role": "user", "content": f"thing{i} ?"}, *chat[1:]]}
                                       for i in range(12)])
     with pytest.raises(BadInput, match="nothing is left"):
@@ -227,7 +233,8 @@ def test_gvm_dvpo_and_dpo_run_on_the_file_unchanged(words, chain, flags, tmp_pat
               output_dir=tmp_path / "gvm")
     settings = json.loads((tmp_path / "gvm/gvm.json").read_text())
     assert settings["k"] == 2
-    run_stage(train_dvpo, **{**flags.dvpo, **data}, value_model=tmp_path / "gvm", output_dir=tmp_path / "dvpo")
+    run_stage(train_dvpo, **{**flags.dvpo, **data}, value_model=tmp_path / "gvm",
+              output_dir=tmp_path / "dvpo")
     run_stage(train_dpo, **{**flags.dpo, **data, "allow_dropped": True}, output_dir=tmp_path / "dpo")
     for stage in ("gvm", "dvpo", "dpo"):
         assert metrics(tmp_path / stage)[-1]["grad_norm"] > 0
@@ -278,7 +285,8 @@ def test_an_interrupted_run_goes_on_and_asks_for_nothing_twice(words, tmp_path, 
         rest = cut_after(10**9, patch, "reward_scores")
         assert run_label(words) == rows
     assert (tmp_path / "labels.jsonl").read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
-    with monkeypatch.context() as patch:  # the calls of the four pieces, less the two that were cut, are those of one
+    # The calls of the four pieces, less the two that were cut, are those of one
+    with monkeypatch.context() as patch:
         whole = cut_after(10**9, patch)
         run_label(words, out="once_more.jsonl")
     jobs = Counter(name for row in rows for name in row["models"])
@@ -301,8 +309,8 @@ def test_a_finished_file_is_left_alone_and_other_settings_are_refused(words, mon
 
 
 def test_another_reward_model_scores_what_is_sampled(words, baseline, tmp_path, monkeypatch):
-    """A run that was cut while it scored goes on with another reward model: no answer is sampled again, no score
-    of the first one is taken, and nothing is left behind."""
+    """A run that was cut while it scored goes on with another reward model: no answer is sampled again, no
+    score of the first one is taken, and nothing is left behind."""
     model = AutoModelForSequenceClassification.from_pretrained(words["model"], num_labels=1)
     model.save_pretrained(tmp_path / "other")
     load_tokenizer(words["model"]).save_pretrained(tmp_path / "other")
@@ -327,7 +335,7 @@ def test_a_reward_model_trained_again_is_noticed(words, baseline, tmp_path):
 
 
 def test_rows_that_are_kept_belong_to_their_settings(words, tmp_path, monkeypatch):
-    """Somebody deletes the settings of a run that was cut: its answers are not taken for those of another seed."""
+    """Somebody deletes the settings of a run that was cut: its answers are not those of another seed."""
     with monkeypatch.context() as patch:
         cut_after(5, patch)
         with pytest.raises(PowerCut):
@@ -340,8 +348,9 @@ def test_a_second_writer_is_refused(words, tmp_path):
     """Another process holds the lock beside --out; a folder with brackets in its name is a folder."""
     out = tmp_path / "[a]" / "labels.jsonl"
     out.parent.mkdir()
-    lock = f"import fcntl, time; f = open({str(out.with_name('.labels.jsonl.lock'))!r}, 'w'); " \
-           "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    place = str(out.with_name(".labels.jsonl.lock"))
+    lock = (f"import filelock, time; lock = filelock.FileLock({place!r}); lock.acquire(); "
+            f"print('held', flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", lock], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
@@ -360,7 +369,8 @@ def test_a_full_disk_is_one_sentence_and_what_was_kept_stays(words, tmp_path):
     done = subprocess.run([sys.executable, ROOT / "label.py", *argv_of(words)], cwd=ROOT, env=clean_env(),
                           preexec_fn=limit, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    assert re.search("answers.rank0.jsonl: cannot be written .*File too large", done.stderr), done.stderr[-2000:]
+    said = re.search("answers.rank0.jsonl: cannot be written .*File too large", done.stderr)
+    assert said, done.stderr[-2000:]
     assert not (tmp_path / "labels.jsonl").exists()
     kept, = tmp_path.glob("labels.jsonl.*.answers.rank0.jsonl")
     assert 5 < len(kept.read_text().splitlines()) < 40
@@ -422,7 +432,8 @@ def broken_rm(words, tmp_path):
     ({"shares": ["train"]}, "--shares train"),
     ({"per_prompt": -1}, "--per_prompt -1"),
     ({"response_length": 0}, "--response_length 0"),
-    ({"max_prompt_length": 100, "response_length": 29}, "--max_prompt_length 100 .*--response_length 29.* 128"),
+    ({"max_prompt_length": 100, "response_length": 29},
+     "--max_prompt_length 100 .*--response_length 29.* 128"),
     ({"max_prompt_length": 3}, "--max_prompt_length 3"),
     ({"data": "missing.jsonl"}, "missing.jsonl: no such file"),
     ({"answers": ["missing.jsonl"]}, "missing.jsonl: no such file"),
@@ -430,7 +441,8 @@ def broken_rm(words, tmp_path):
     (lambda w, t: {"reward_model": w["model"]}, "--reward_model .*no trained one-label head"),
     (lambda w, t: {"reward_model": constant_rm(w, t)}, "tells nothing apart"),
     (lambda w, t: {"reward_model": broken_rm(w, t)}, "--reward_model .*is not finite"),
-    (lambda w, t: {"out": (t / "there.jsonl").write_text("mine") and t / "there.jsonl"}, "was not written by label.py"),
+    (lambda w, t: {"out": (t / "there.jsonl").write_text("mine") and t / "there.jsonl"},
+     "was not written by label.py"),
     (lambda w, t: {"out": (t / "file").write_text("") or t / "file/x.jsonl"}, "file.*cannot write there"),
     ({"out": "."}, "--out . is a folder"),
     ({"out": "/proc/nothing/x.jsonl"}, "/proc/nothing.*cannot write there"),

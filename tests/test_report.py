@@ -11,7 +11,8 @@ import pytest
 import report
 from plumbing.errors import BadInput
 
-EVIL = "<script>document.title = 'owned'; alert(1)</script><img src=http://example.com/x.png onerror=alert(2)>"
+EVIL = ("<script>document.title = 'owned'; alert(1)</script>"
+        "<img src=http://example.com/x.png onerror=alert(2)>")
 
 
 def metrics_file(folder, rise):
@@ -29,10 +30,11 @@ def given(tmp_path):
     runs = [f"dvpo={metrics_file(tmp_path / 'a', 0.02)}", f"dvpo={metrics_file(tmp_path / 'b', 0.03)}",
             f"<b>={metrics_file(tmp_path / 'c', 0.01)}"]
     outcome = {"win": 0.25, "tie": 0.5, "lose": 0.25}
-    judged = {"command": "judge", "judge": EVIL, "mode": "pair", "requests": 9, "unread": 1, "failed": 0, "policies": {
-        "dvpo": {"n": 8, **outcome, "win_rate": 0.625, "low": 0.5, "high": 0.75, "against": EVIL, "points": 3.5,
-                 "length_controlled": {"win_rate": 0.575, "low": 0.4, "high": 0.7},
-                 "characters": {"ours": 120.0, "theirs": 80.0}}, "none": {"n": 0}}}
+    won = {"n": 8, **outcome, "win_rate": 0.625, "low": 0.5, "high": 0.75, "against": EVIL, "points": 3.5,
+           "length_controlled": {"win_rate": 0.575, "low": 0.4, "high": 0.7},
+           "characters": {"ours": 120.0, "theirs": 80.0}}
+    judged = {"command": "judge", "judge": EVIL, "mode": "pair", "requests": 9, "unread": 1, "failed": 0,
+              "policies": {"dvpo": won, "none": {"n": 0}}}
     policy = {"command": "policy", "prompts": 8, "first": "sft", "policies": {"sft": {
         "scores": {EVIL: {"mean": 0.4375, "stderr": 0.01}}, "against_first": {EVIL: outcome}, "kl": None,
         "length": 14.0}}}
@@ -44,7 +46,8 @@ def given(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     for name in ("x", "y"):
         (tmp_path / f"{name}-answers.json").write_text(json.dumps(
-            [{"instruction": f"question {i}", "output": f"{name} says {EVIL}", "generator": name} for i in range(3)]))
+            [{"instruction": f"question {i}", "output": f"{name} says {EVIL}", "generator": name}
+             for i in range(3)]))
     return ["--runs", *runs, "--tables", *(str(tmp_path / f"{n}.json") for n in ("judged", "policy", "gvm")),
             "--values", str(tmp_path / "values.json"), "--examples", "2", "--answers",
             *(f"{n}={tmp_path / n}-answers.json" for n in ("x", "y")), "--title", f"Our {EVIL}",
@@ -92,8 +95,8 @@ def test_in_a_real_browser(given, tmp_path, width):
     chromium = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
                 f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
     for name in ("page", "probe"):
-        done = subprocess.run([*chromium, "--virtual-time-budget=2000", "--dump-dom", f"file://{tmp_path}/{name}.html"],
-                              capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*chromium, "--virtual-time-budget=2000", "--dump-dom",
+                               f"file://{tmp_path}/{name}.html"], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr[-2000:]
         assert "example.com" not in done.stderr
         assert re.search("<title>Our &lt;script&gt;", done.stdout) and "<svg" in done.stdout

@@ -66,7 +66,8 @@ def cut_at(monkeypatch, step):
 
 
 def flags_of(name, flags, chain, baseline, **changes):
-    extra = {"sft": {"lora_r": 2, "lora_dropout": 0.2}, "gvm": {"lora_dropout": 0.2}, "rm": {"lora_dropout": 0.2},
+    extra = {"sft": {"lora_r": 2, "lora_dropout": 0.2}, "gvm": {"lora_dropout": 0.2},
+             "rm": {"lora_dropout": 0.2},
              "dvpo": {"value_model": chain.gvm, "sample_every": 2, "kl_horizon": 20},
              "ppo": {"reward_model": baseline.rm, "sample_every": 2, "critic_warmup": 1},
              "remax": {"reward_model": baseline.rm, "sample_every": 2, "kl_horizon": 20},
@@ -171,8 +172,8 @@ def test_an_unfinished_run_is_not_overwritten(cut_run, tmp_path):
     assert (tmp_path / "cut/metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("change, named", [({"lr": 5e-4}, "--lr: 0.001 then, 0.0005 now"), ({"seed": 7}, "--seed"),
-                                           ({"split_seed": 3}, "--split_seed")])
+@pytest.mark.parametrize("change, named", [({"lr": 5e-4}, "--lr: 0.001 then, 0.0005 now"),
+                                           ({"seed": 7}, "--seed"), ({"split_seed": 3}, "--split_seed")])
 def test_resume_with_other_flags_says_which(change, named, cut_run):
     with pytest.raises(BadInput, match=named):
         run_stage(train_dvpo, **{**cut_run, **change}, resume=True)
@@ -212,12 +213,14 @@ def test_only_the_latest_are_kept(flags, chain, baseline, tmp_path, monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         cut_at(patch, 5)
         run_stage(sft, **run, output_dir=tmp_path)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step_0000000{i}" for i in (3, 4, 5)]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        f"step_0000000{i}" for i in (3, 4, 5)]
 
 
-def test_the_last_good_checkpoint_outlives_damaged_ones_that_are_later(flags, chain, baseline, tmp_path, monkeypatch):
-    """Rotation counts good ones: of 2, 4 and 6 the last two are damaged; the run goes on from 2 and keeps what it
-    saves. A folder of another name is none of its business."""
+def test_the_last_good_checkpoint_outlives_damaged_ones_that_are_later(flags, chain, baseline, tmp_path,
+                                                                       monkeypatch):
+    """Rotation counts good ones: of 2, 4 and 6 the last two are damaged; the run goes on from 2 and keeps
+    what it saves. A folder of another name is none of its business."""
     run = {**flags_of("sft", flags, chain, baseline, max_steps=7, keep=3), "output_dir": tmp_path}
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         cut_at(patch, 6)
@@ -238,12 +241,14 @@ def test_the_last_good_checkpoint_outlives_damaged_ones_that_are_later(flags, ch
 def test_resume_with_another_model_says_so(flags, chain, baseline, tmp_path, monkeypatch):
     """The reference's weights were replaced between two runs: the run is not the one that was begun."""
     shutil.copytree(chain.sft, tmp_path / "sft")
-    run = {**flags_of("dvpo", flags, chain, baseline, sft_model=tmp_path / "sft"), "output_dir": tmp_path / "out"}
+    run = {**flags_of("dvpo", flags, chain, baseline, sft_model=tmp_path / "sft"),
+           "output_dir": tmp_path / "out"}
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         cut_at(patch, 4)
         run_stage(train_dvpo, **run)
     tensors = load_file(tmp_path / "sft/model.safetensors")
-    save_file({name: 2 * x for name, x in tensors.items()}, tmp_path / "sft/model.safetensors", {"format": "pt"})
+    save_file({name: 2 * x for name, x in tensors.items()}, tmp_path / "sft/model.safetensors",
+              {"format": "pt"})
     with pytest.raises(BadInput, match="content of .*sft"):
         run_stage(train_dvpo, **run, resume=True)
 
@@ -256,7 +261,7 @@ def test_a_refused_run_changes_nothing_of_a_finished_one(flags, chain, baseline,
     with pytest.raises(BadInput, match="--lr: 0.001 then"):
         run_stage(sft, **{**run, "lr": 5e-4}, resume=True)
     with pytest.raises(BadInput, match="script: 'sft.py' then"):
-        run_stage(train_rm, **{**flags.rm, "sft_model": chain.sft, "output_dir": tmp_path / "out"}, resume=True)
+        run_stage(train_rm, **flags.rm, sft_model=chain.sft, output_dir=tmp_path / "out", resume=True)
     shutil.copytree(run["model"], tmp_path / "broken")
     (tmp_path / "broken/model.safetensors").write_bytes(b"")
     with pytest.raises(BadInput, match="cannot load"):
@@ -278,7 +283,8 @@ def test_a_run_that_was_killed_when_it_had_finished(flags, chain, baseline, tmp_
 
 def test_nothing_of_an_earlier_model_is_left_in_the_folder(flags, chain, baseline, tmp_path):
     """An adapter's or a shard's file would be read as part of the new model."""
-    for name in ("gvm.json", "adapter_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+    for name in ("gvm.json", "adapter_config.json", "model-00001-of-00002.safetensors",
+                 "model.safetensors.index.json"):
         (tmp_path / name).write_text("{}")
     run_stage(sft, **flags_of("sft", flags, chain, baseline, max_steps=1), output_dir=tmp_path)
     assert {path.name for path in tmp_path.glob("*.safetensors*")} == {"model.safetensors"}
@@ -291,7 +297,8 @@ def test_a_tokenizer_of_several_templates_is_saved_twice(flags, chain, baseline,
     tokenizer.chat_template = {"default": tokenizer.chat_template, "rag": "{{ messages }}"}
     tokenizer.save_pretrained(model)
     for _ in range(2):
-        run_stage(sft, **flags_of("sft", flags, chain, baseline, max_steps=1, model=model), output_dir=tmp_path / "o")
+        run_stage(sft, **flags_of("sft", flags, chain, baseline, max_steps=1, model=model),
+                  output_dir=tmp_path / "o")
     assert isinstance(load_tokenizer(tmp_path / "o").chat_template, str)
 
 
@@ -309,7 +316,7 @@ def test_rows_of_the_log_are_lines_not_what_looks_like_one(tmp_path):
     assert path.read_bytes() == b""
 
 
-def test_a_reward_model_that_is_not_evaluated_has_its_scale_all_the_same(flags, chain, baseline, tmp_path, monkeypatch):
+def test_a_reward_model_that_is_not_evaluated_has_its_scale_all_the_same(flags, chain, baseline, tmp_path):
     run = flags_of("rm", flags, chain, baseline, max_steps=2)
     for name, every in (("a", 2), ("b", 0)):
         run_stage(train_rm, **run, eval_every=every, output_dir=tmp_path / name)
@@ -387,7 +394,8 @@ def test_a_disk_that_fails_while_saving(error, flags, chain, baseline, tmp_path,
             (Path(folder) / "half").write_text("x")
             raise error
         return save(self, folder, **kwargs)
-    with monkeypatch.context() as patch, pytest.raises(BadInput, match=f"could not be written .*{error.strerror}"):
+    with monkeypatch.context() as patch, pytest.raises(
+            BadInput, match=f"could not be written .*{error.strerror}"):
         patch.setattr(deepspeed.DeepSpeedEngine, "save_checkpoint", full)
         run_stage(train_dvpo, **run)
     run_stage(train_dvpo, **run, resume=True)
@@ -396,8 +404,8 @@ def test_a_disk_that_fails_while_saving(error, flags, chain, baseline, tmp_path,
 
 def test_a_folder_in_use(chain, flags, baseline, tmp_path):
     """By another process; its lock goes with it."""
-    code = (f"import fcntl, sys, time; f = open({str(tmp_path / '.lock')!r}, 'w'); "
-            f"fcntl.flock(f, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)")
+    code = (f"import filelock, time; lock = filelock.FileLock({str(tmp_path / '.lock')!r}); "
+            f"lock.acquire(); print('locked', flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     other.stdout.readline()
     run = flags_of("sft", flags, chain, baseline, max_steps=1)
@@ -411,25 +419,26 @@ def test_a_folder_in_use(chain, flags, baseline, tmp_path):
     run_stage(sft, **run, output_dir=tmp_path)
 
 
-NAN = {"sft": ("batch_loss", "the loss"), "gvm": ("td_loss", "the loss"), "rm": ("pair_loss", "the loss"),
-       "dvpo": ("policy_loss", "the loss"), "ppo": ("value_loss", "the loss")}
+NAN = {"sft": "batch_loss", "gvm": "td_loss", "rm": "pair_loss", "dvpo": "policy_loss", "ppo": "value_loss"}
 
 
 @pytest.mark.parametrize("name", list(NAN))
-def test_a_loss_that_is_not_finite_stops_before_the_weights(name, flags, chain, baseline, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_before_the_weights(name, flags, chain, baseline, tmp_path,
+                                                            monkeypatch):
     """In the first optimizer step behind the checkpoint of step 2: the run names step and rows, no step was
     taken, and goes on when the cause is gone as if nothing had been."""
-    stage, (function, what) = STAGES[name], NAN[name]
+    stage, function = STAGES[name], NAN[name]
     run = flags_of(name, flags, chain, baseline)
     run_stage(stage, **run, output_dir=tmp_path / "straight")
     loss_of, saved, steps = getattr(stage, function), [], []
     recorded(monkeypatch, checkpoint.Checkpoints, "save", saved)
 
     def poisoned(*args, **kwargs):
-        loss, *rest = result = loss_of(*args, **kwargs) if name != "rm" else (loss_of(*args, **kwargs),)
+        loss, *rest = loss_of(*args, **kwargs) if name != "rm" else (loss_of(*args, **kwargs),)
         loss = loss * float("nan") if saved else loss
         return (loss, *rest) if name != "rm" else loss
-    with monkeypatch.context() as patch, pytest.raises(BadInput, match="Step 2: the loss is not finite") as end:
+    with monkeypatch.context() as patch, pytest.raises(
+            BadInput, match="Step 2: the loss is not finite") as end:
         patch.setattr(stage, function, poisoned)
         counting = register_optimizer_step_pre_hook(lambda *args: steps.append(len(saved)))
         run_stage(stage, **run, output_dir=tmp_path / "bad")
@@ -475,8 +484,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run(zero, flags, tmp_path, monke
 
 def start_stage(stage, run, ranks=1):
     """A fresh process of a stage."""
-    return start([f"{stage.__name__}.py", *(word for name, value in run.items() for word in (f"--{name}", value))],
-                 ranks)
+    words = [word for name, value in run.items() for word in (f"--{name}", value)]
+    return start([f"{stage.__name__}.py", *words], ranks)
 
 
 def wait_for_steps(folder, steps, process, timeout=400):

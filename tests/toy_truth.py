@@ -1,4 +1,4 @@
-"""A truth plug for tests: every answer is worth the same."""
+"""A --truth_fn for tests: every answer is worth the same."""
 
 
 def constant(rows, policy, tokenizer):

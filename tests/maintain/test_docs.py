@@ -1,5 +1,5 @@
-"""The pages cannot rot: their commands parse, the files, functions and flags that they name exist, every metric
-that is logged has its row. For maintainers (`make check`)."""
+"""The pages cannot rot: their commands parse, the files, functions and flags that they name exist, every
+metric that is logged has its row. For maintainers (`make check`)."""
 
 import argparse
 import dataclasses
@@ -29,6 +29,7 @@ SOURCES = {path: path.read_text() for path in ROOT.rglob("*.py")
            if not {".venv", "runs", "build"} & set(path.relative_to(ROOT).parts)}
 SCRIPTS = ("sft", "train_rm", "train_gvm", "train_dvpo", "train_ppo", "train_remax", "train_dpo", "label")
 COMMAND = re.compile(r"^(?:\$ )?(?:\w+=\S+ )*((?:python3?|deepspeed|make) .*)")
+OWN = re.compile(r"my|script\.py|pytest|pip|ruff")  # a reader's own, any of the scripts, or no script of ours
 of_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -44,11 +45,12 @@ def code_lines(text):
 
 def commands(text):
     """Commands of the code blocks, as words without their comment."""
-    return [shlex.split(found[1], comments=True) for line in code_lines(text) if (found := COMMAND.match(line))]
+    found = map(COMMAND.match, code_lines(text))
+    return [shlex.split(match[1], comments=True) for match in found if match]
 
 
 def script_of(words):
-    """(path of the script that a python or deepspeed command starts, its words); a user's own is None."""
+    """(path of the script that a python or deepspeed command starts, its words); not one of ours: None."""
     if words[0] == "deepspeed":
         args = runner.parse_args(words[1:])
         name, rest = args.user_script, args.user_args
@@ -56,8 +58,7 @@ def script_of(words):
         name, rest = words[2].replace(".", "/") + ".py", words[3:]
     else:
         name, rest = words[1], words[2:]
-    ours = Path(name).name in {path.name for path in SOURCES} or not name.startswith(("my", "pytest", "pip"))
-    return (ROOT / name if ours else None), rest
+    return (None if OWN.match(name) else ROOT / name), rest
 
 
 class Parsed(Exception):
@@ -119,14 +120,14 @@ def test_commands_within_the_text_exist(page):
         if name == said:
             continue  # a file, not a command: the next test but one
         path = ROOT / name
-        if name.startswith("my"):
+        if OWN.match(name):
             continue
         assert path.exists(), said
         known = set(re.findall(r"^    (\w+): |\"--(\w+)\"", path.read_text(), re.M))
         known = {name for pair in known for name in pair} | set(RunArgs.__dataclass_fields__)
         assert set(re.findall(r"--(\w+)", said)) <= known, said
-        commands_of = getattr(importlib.import_module(path.stem), "COMMANDS", {}) if path.parent == ROOT else {}
-        assert not commands_of or rest[0] in commands_of, said
+        if path.parent == ROOT and hasattr(module := importlib.import_module(path.stem), "COMMANDS"):
+            assert rest[0] in module.COMMANDS, said
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"`make ([\w-]+)`", TEXTS[page])) <= targets
 
@@ -147,7 +148,7 @@ def test_every_file_named_exists(page):
     """In backticks: part of the tree, or something that a script writes and therefore has in quotes."""
     written = "\n".join(SOURCES.values()) + (ROOT / "Makefile").read_text()
     for name in set(re.findall(r"`([\w./-]+\.(?:py|json|jsonl|txt|md|patch|png|html|toml))`", TEXTS[page])):
-        if name.startswith(("runs/", "my")):
+        if name.startswith("runs/") or OWN.match(name):
             continue  # made by the commands or by the reader
         places = [ROOT, page.parent, ROOT / "ds_configs", ROOT / "results/ablations"]
         quoted = re.search(rf"[\"'/]{re.escape(Path(name).name)}\b", written) and not name.endswith(".py")
@@ -197,8 +198,8 @@ def test_every_flag_is_read_and_explained(script):
     flags = dataclasses.fields(module.Args)
     assert len(flags) <= 45
     # read in the script itself, in common.py or in plumbing/, which get the whole of args
-    text = "\n".join(source for path, source in SOURCES.items()
-                     if path in (ROOT / f"{script}.py", ROOT / "common.py") or path.parent == ROOT / "plumbing")
+    readers = {ROOT / f"{script}.py", ROOT / "common.py", *(ROOT / "plumbing").glob("*.py")}
+    text = "\n".join(SOURCES[path] for path in readers)
     explained = "".join(inspect.getsource(cls) for cls in module.Args.__mro__[:-1])
     for flag in flags:
         read = re.search(rf"args\.{flag.name}\b|\[\"{flag.name}\"\]|getattr\(args, \"{flag.name}\"", text)

@@ -19,7 +19,7 @@ EXPERIMENTS = {"compare", "lr", "beta", "instruction", "baseline", "advantage", 
 
 
 def settings_of(names):
-    """{name of a setting: {what was measured: (mean, standard deviation or None)}} of some files in results/."""
+    """{setting: {what was measured: (mean, standard deviation or None)}} of some files in results/."""
     found = {}
     for name in names:
         for label, numbers in json.loads((ROOT / f"results/{name}.json").read_text()).items():
@@ -64,8 +64,7 @@ def test_the_tables_of_an_experiment_are_of_its_files():
     checked = 0
     for section in re.split(r"^## ", PAGE, flags=re.M)[1:]:
         names = re.findall(r"python results/run\.py (\w+)", section)
-        files = {file for name in names for file in (("methods", "compare") if name == "compare" else (name,))}
-        settings = settings_of(sorted(files))
+        settings = settings_of(names + ["methods"] * ("compare" in names))
         for line, pairs in rows_of(section):
             assert any(all(has(numbers, *pair) for pair in pairs) for numbers in settings.values()), line
             checked += 1
@@ -75,7 +74,7 @@ def test_the_tables_of_an_experiment_are_of_its_files():
 def test_the_single_runs_are_those_of_their_files():
     """true reward (KL) of one run each, the learning rates and DPO's betas."""
     said = re.findall(r"(?<!\d)(-?\d\.\d{3}) \((\d+\.\d\d)\)", PAGE)
-    known = [(numbers["true reward"][0], numbers["KL"][0]) for numbers in settings_of(["lr", "beta"]).values()]
+    known = [(x["true reward"][0], x["KL"][0]) for x in settings_of(["lr", "beta"]).values()]
     assert len(said) == 25
     for reward, kl in said:
         assert any((written(a, reward), written(b, kl)) == (reward, kl) for a, b in known), (reward, kl)
