@@ -97,6 +97,7 @@ def test_the_table_says_what_fits(capsys):
         plan.main([str(ROOT / "README.md")])
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_both_trainers(tmp_path, capsys, monkeypatch):
     for name in set(os.environ) - set(clean_env()):  # an earlier test of this process has joined a group
         monkeypatch.delenv(name)

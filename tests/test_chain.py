@@ -61,6 +61,7 @@ def rm(world, sft):
     return world / "rm"
 
 
+@pytest.mark.slow
 def test_sft_and_gvm_under_zero3(sft, gvm):
     """Weights gathered from both ranks are whole, finite and load without DeepSpeed."""
     from safetensors.torch import load_file
@@ -72,6 +73,7 @@ def test_sft_and_gvm_under_zero3(sft, gvm):
     assert 0 <= rows_of(gvm)[-1]["eval/accuracy"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, lora_r", [(2, 0), (3, 0), (3, 4)])
 def test_dvpo_on_two_ranks(world, sft, gvm, stage, lora_r):
     """Two steps under ZeRO-2 and 3: ratio 1 and KL 0 before the first update, and the policy has moved
@@ -92,6 +94,7 @@ def test_dvpo_on_two_ranks(world, sft, gvm, stage, lora_r):
     assert any(not torch.equal(before[k], after[k]) for k in before)
 
 
+@pytest.mark.slow
 def test_the_baseline_under_zero3(world, sft, rm):
     """train_rm and train_ppo: gathered weights are whole, ratio 1 and KL 0 before the first update, and
     policy and critic are updated."""
@@ -121,6 +124,7 @@ def test_the_baseline_under_zero3(world, sft, rm):
     assert two["objective/kl"] != 0 and two["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_the_other_rows_of_the_comparison_under_zero3(world, sft, rm):
     """train_remax and train_dpo: ratio 1, KL 0 and a loss of log 2 before the first update, and a policy that
     has moved after it. DPO's reference is gathered over both ranks."""

@@ -534,6 +534,7 @@ def damaged(value, draw):
     return value
 
 
+@pytest.mark.slow
 def test_damaged_rows_give_records_or_bad_input_and_nothing_else(tmp_path):
     draw = random.Random(0)
     rated = feedback(10, "9", annotations=ratings("1", "2"), **{"fine-grained_score": None})
@@ -555,6 +556,7 @@ def test_damaged_rows_give_records_or_bad_input_and_nothing_else(tmp_path):
     assert len(outcomes) == 6 and min(outcomes.values()) > 100, outcomes
 
 
+@pytest.mark.slow
 def test_damaged_rows_read_for_their_prompts(tmp_path):
     """The same where only prompts are wanted; what is right otherwise is right here."""
     draw, outcomes = random.Random(1), Counter()

@@ -451,6 +451,7 @@ def test_there_are_many_of_them():
     assert len({name_of(case) + case[2] for case in BAD}) >= 60
 
 
+@pytest.mark.slow
 def test_what_is_odd_but_right_goes_through(world, capsys):
     """A byte order mark, CRLF, other scripts, rows that come twice, and a row of 10 MB, which is dropped by
     the length limit and counted."""

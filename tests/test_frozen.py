@@ -179,6 +179,7 @@ def test_every_number_that_is_logged_is_finite(chain):
 
 # ---- on disk ----
 
+@pytest.mark.slow
 def test_saved_models_load_anywhere_with_stock_libraries(chain, tmp_path):
     """A fresh process in another folder, without this repository: AutoModelForCausalLM for the policies;
     for the GVM peft's auto class, or a token classifier with the adapter on top. The same outputs as the

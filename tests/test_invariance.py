@@ -197,6 +197,7 @@ def assert_same_metrics(one, two, *names):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=1e-4), name
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_divide_by_the_ranks_still_finish(flags, tmp_path):
     """Five training rows and five held out, batches of 4 on two ranks: nobody waits for a row that never
     comes, and loss and gradient are those of a single rank."""
@@ -207,6 +208,7 @@ def test_rows_that_do_not_divide_by_the_ranks_still_finish(flags, tmp_path):
     assert_same_metrics(one, two, "loss", "grad_norm", "num_tokens")
 
 
+@pytest.mark.slow
 def test_a_gvm_learns_the_same_on_two_ranks(flags, chain, tmp_path):
     """The same draws of tau, loss, gradient and held-out ranking as on one rank."""
     given = {**flags.gvm, "sft_model": chain.sft, "batch_size": 4, "micro_batch": 1, "lora_dropout": 0.0,
@@ -217,6 +219,7 @@ def test_a_gvm_learns_the_same_on_two_ranks(flags, chain, tmp_path):
     assert two[-1]["eval/margin"] == pytest.approx(one[-1]["eval/margin"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_gloo_may_let_go_before_python_ends():
     """A thread of gloo lets go of a collective's tensors a moment after it is over. Where Python ends first,
     a finished run aborts, about once in ten small ones. A daemon thread stands for it here: it too dies with

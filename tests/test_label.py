@@ -362,6 +362,7 @@ def test_a_second_writer_is_refused(words, tmp_path):
     assert run_label(words, out=out)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_what_was_kept_stays(words, tmp_path):
     """The operating system's own limit on the size of a file, in a process of its own."""
     def limit():
@@ -377,6 +378,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_kept_stays(words, tmp_path):
     assert run_label(words)
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_file_of_one(words, tmp_path):
     """Through the launcher; a run that one rank began is finished by two."""
     run_label(words, out=tmp_path / "one.jsonl")

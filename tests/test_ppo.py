@@ -351,6 +351,7 @@ def test_a_critic_from_a_gvm_or_an_sft_model(chain):
     assert all(torch.equal(p, start[name]) for name, p in critic.named_parameters() if "score" not in name)
 
 
+@pytest.mark.slow
 def test_the_reward_model_loads_anywhere_with_stock_libraries(baseline, tmp_path):
     """A fresh process in another folder, without this repository, no argument but the folder."""
     code = ("import sys, torch; from peft import AutoPeftModelForSequenceClassification as A;"

@@ -128,6 +128,7 @@ def test_a_grid_runs_what_is_needed_first_and_keeps_what_is_done(tmp_path):
     assert (tmp_path / "log").read_text() == "ab"  # what needs it runs again, too
 
 
+@pytest.mark.slow
 def test_a_grid_makes_the_toy_world_in_a_new_folder(tmp_path):
     g = run.Grid(tmp_path / "new", 1)
     g.execute()

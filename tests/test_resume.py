@@ -100,6 +100,7 @@ def test_a_resumed_run_is_the_straight_one(name, changes, flags, chain, baseline
     assert not (cut / "checkpoints").exists()  # a finished run needs none
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero, bf16", [(1, False), (1, True), (2, True), (3, False), (3, True)])
 def test_resume_under_every_zero_stage(zero, bf16, flags, chain, baseline, tmp_path, monkeypatch):
     config = {"zero_optimization": {"stage": zero}, **({"bf16": {"enabled": True}} if bf16 else {})}
@@ -497,6 +498,7 @@ def wait_for_steps(folder, steps, process, timeout=400):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends(number, flags, chain, baseline, tmp_path):
     """With SIGINT and SIGTERM within 10 ms, as the launcher passes Ctrl-C on, too: that is one."""
@@ -549,6 +551,7 @@ def test_a_second_signal_ends_at_once(monkeypatch):
         signals.restore()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_ranks_end_when_their_launcher_alone_is_killed(number, flags, chain, baseline, tmp_path):
     """Two ranks under ZeRO-3; they save what they have."""
@@ -565,6 +568,7 @@ def test_the_ranks_end_when_their_launcher_alone_is_killed(number, flags, chain,
         run_stage(train_dvpo, **run, resume=True)
 
 
+@pytest.mark.slow
 def test_the_others_end_when_a_rank_dies(flags, chain, baseline, tmp_path):
     """Within seconds, with a sentence and no traceback, and leave a checkpoint to go on from."""
     import psutil  # DeepSpeed brings it
