@@ -256,7 +256,7 @@ def prompt_of(row, where):
 
 def no_shape(where, row):
     columns = one_line(", ".join(map(repr, row))) if row else "none"
-    return BadInput(f"{where}: no known shape has these columns: {columns}; see the table in data.py")
+    return BadInput(f"{where}: no known shape has these columns: {columns}; see docs/data.md")
 
 
 def new_record(where, row, shape, prompt, responses):

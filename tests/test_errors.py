@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import evaluate
@@ -540,7 +541,11 @@ def test_no_compiler_for_deepspeeds_cpu_library(world, monkeypatch, capsys):
 @pytest.mark.parametrize("stage", [sft, train_rm, train_gvm, train_dvpo, train_ppo, train_remax, train_dpo])
 def test_track_without_wandb_ends_before_training(stage, world, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    steps = []
+    counting = register_optimizer_step_pre_hook(lambda *args: steps.append(args))
     text = ends_with(stage, {**world.flags[stage], "track": True}, capsys)
+    counting.remove()
+    assert not steps
     assert re.search("--track .*`pip install .*wandb", text), text
     out = world.folder / "out"
     assert not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text()
@@ -588,19 +593,6 @@ def test_a_defaults_file_outside_of_the_repository_is_not_executed(tmp_path):
     its_own = parse_args(sft.Args, ["--model", "toy"]).lr
     assert done.stdout.strip().splitlines()[-1] == str([its_own] + 6 * [sft.Args.lr])
     assert its_own != sft.Args.lr
-
-
-def test_importing_a_stage_touches_nothing(tmp_path):
-    """No network, no files, no process group: importing is free of side effects."""
-    code = ("import socket;"
-            " socket.socket.connect = lambda *a: (_ for _ in ()).throw(RuntimeError('network'));"
-            f"import sys; sys.path.insert(0, {str(ROOT)!r});"
-            " import sft, train_rm, train_gvm, train_dvpo, train_ppo, train_remax, train_dpo, label;"
-            " import evaluate, judge, report;"
-            " import torch;"
-            "assert not torch.distributed.is_initialized()")
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("stage", [sft, train_rm, train_gvm, train_dvpo, train_ppo])

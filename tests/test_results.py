@@ -74,12 +74,9 @@ def test_released_is_the_authors_recipe_token_by_token(tmp_path):
     states = whitened([values[i, :T].tolist() for i, T in enumerate(LENGTHS)])
     rows = []
     for i, v in enumerate(states):
-        row, ahead = [], 0.0
-        for t in reversed(range(len(v))):
-            after = v[t + 1] if t + 1 < len(v) else 0.0
-            ahead = -penalty[i, t].item() + after - v[t] + 0.95 * ahead
-            row.insert(0, ahead)
-        rows.append(row)
+        after = [*v[1:], 0.0]
+        delta = [after[t] - v[t] - penalty[i, t].item() for t in range(len(v))]
+        rows.append([sum(0.95 ** (s - t) * delta[s] for s in range(t, len(v))) for t in range(len(v))])
     advantages = patched("released", tmp_path).advantages
     assert_rows(advantages("released", values, penalty, mask, 0.95)[0], whitened(rows))
 
