@@ -66,8 +66,8 @@ def hub_rows(source):
     split = split or "train"
     looks_like_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
     if not looks_like_id or os.path.splitext(name)[1].lower() in EXTENSIONS:
-        raise BadInput(f"{source or repr(source)}: no such file{made_by(source)}; give {', '.join(EXTENSIONS)} or a "
-                       f"hub id owner/name[:split]")
+        raise BadInput(f"{source or repr(source)}: no such file{made_by(source)}; give "
+                       f"{', '.join(EXTENSIONS)} or a hub id owner/name[:split]")
     try:
         import datasets
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from plumbing.errors import BadInput, writing
 
-LINE_EVERY = 10.0  # seconds between two lines in a log file
+LINE_EVERY = 15.0  # seconds between two lines in a log file
 
 
 class MetricLog:

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import io
 import logging
 import os
 import random
@@ -66,16 +67,19 @@ def init_on_cpu():
     # DeepSpeed builds with the first `ninja` on the PATH. Always this environment's own: another version
     # would build the library again at every switch between `deepspeed script.py` and `python script.py`
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    if os.environ["RANK"] == "0":
-        print("starting (the first run on a CPU compiles for a minute or more; if it hangs here, an earlier "
-              "one was killed meanwhile: delete the file `lock` in the torch_extensions folder)", flush=True)
+    built = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
+    locked = [*built.rglob("deepspeed_shm_comm/lock")]
+    if os.environ["RANK"] == "0" and (locked or not [*built.rglob("deepspeed_shm_comm.so")]):
+        print(f"starting: DeepSpeed compiles for a minute or more; if it hangs here, an earlier run was "
+              f"killed meanwhile: delete the file `lock` in {built}", flush=True)
     if not dist.is_initialized():  # once a process
         # A thread of gloo lets go of a collective's tensors a moment after the collective is over, and needs
         # Python for it: where Python is ending by then, the finished run aborts. Destroying the group does
         # not wait for the thread, as DeepSpeed's parameters still hold the group. A sleep lets it through
         atexit.register(time.sleep, 0.5)
     import deepspeed
-    deepspeed.init_distributed(verbose=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # it says "built successfully" every time
+        deepspeed.init_distributed(verbose=False)
     # DeepSpeed leaves 69 MB of shared memory a rank behind, unless its names go once all ranks have it
     dist.barrier()
     place = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"

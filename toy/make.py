@@ -25,6 +25,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from plumbing.data import split_of
+from plumbing.ranks import quiet
 from toy.defaults import SPLIT_SEED
 from toy.world import (FACT_OF, FACTS, PROMPTS, SFT, TRAINING, UNSEEN, group_of, sample_answer, score,
                        vocabulary)
@@ -141,6 +142,7 @@ def write_all(folder, seed):
 def main(out, seed):
     """Build next to the target, then rename, so that a build is either whole or absent."""
     out = Path(out)
+    quiet()
     if out.exists() and not (out / "preferences.jsonl").exists():
         raise SystemExit(f"--out {out} exists and is not a toy build: name another folder")
     split_seed = choose_split_seed()
