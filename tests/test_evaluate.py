@@ -1,4 +1,4 @@
-"""evaluate.py: statistics against hand-made numbers, values against a loop, and every command from its arguments."""
+"""evaluate.py: statistics by hand-made numbers, values against a loop, every command from its arguments."""
 import json
 
 import numpy as np
@@ -20,17 +20,18 @@ from toy import bayes, reference, world
 
 WORDS = "<pad> <unk> <bos> <eos> User: Assistant: System: what is ? yes no it really not".split()
 NUMBERS = [f"n{i}" for i in range(200)]
-SETTINGS = {"tau_question_tokens": 8, "tau_answer_tokens": 8, "max_length": 40, "context": 128, "split_seed": 0,
-            "reward": {"kind": "score", "center": 5.5, "scale": 4.5}}
+SETTINGS = {"tau_question_tokens": 8, "tau_answer_tokens": 8, "max_length": 40, "context": 128,
+            "split_seed": 0, "reward": {"kind": "score", "center": 5.5, "scale": 4.5}}
 
 
-# ---- a tiny model, data and GVM --------------------------------------------------------------------------------
+# ---- a tiny model, data and GVM ----------------------------------------------------------------------------
 
 def word_tokenizer():
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS + NUMBERS)}, unk_token="<unk>"))
     backend.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>",
-                                        bos_token="<bos>", eos_token="<eos>", clean_up_tokenization_spaces=False)
+                                        bos_token="<bos>", eos_token="<eos>",
+                                        clean_up_tokenization_spaces=False)
     tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE.replace("bos_token }}", "bos_token + ' ' }}").replace(
         "+ eos_token", "+ ' ' + eos_token")
     return tokenizer
@@ -66,10 +67,11 @@ def world_dir(tmp_path_factory):
     write_gvm(path / "gvm2", path / "sft", tokenizer, k=2)
     write_gvm(path / "gvm0", path / "sft", tokenizer, k=0, reward={"kind": "preference"})
     questions = [f"what is {number} ?" for number in NUMBERS]
+    both = list(zip(questions, NUMBERS))
     named = [{"instruction": q, "completions": [
         {"model": "good", "response": f"yes {n}", "overall_score": 9},
-        {"model": "bad", "response": f"no {n} it is", "overall_score": 2}]} for q, n in zip(questions, NUMBERS)]
-    pairs = [{"prompt": q, "chosen": f"yes {n}", "rejected": f"no {n} it is"} for q, n in zip(questions, NUMBERS)]
+        {"model": "bad", "response": f"no {n} it is", "overall_score": 2}]} for q, n in both]
+    pairs = [{"prompt": q, "chosen": f"yes {n}", "rejected": f"no {n} it is"} for q, n in both]
     for name, rows in (("named", named), ("pairs", pairs)):
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -91,7 +93,7 @@ def opened(world_dir, micro_batch=3, folder="gvm2"):
     return evaluate.open_gvm(args, torch.device("cpu"))
 
 
-# ---- statistics ------------------------------------------------------------------------------------------------
+# ---- statistics --------------------------------------------------------------------------------------------
 
 def test_ties_count_half():
     assert evaluate.hits([1, 0, 3], [0, 1, 3]).tolist() == [1, 0, 0.5]
@@ -118,17 +120,20 @@ def test_win_tie_lose_is_antisymmetric():
     ours, theirs = (evaluate.policy_report(*sides)["against_first"]["s"] for sides in ((a, b), (b, a)))
     assert ours == {"win": 0.5, "tie": 0.25, "lose": 0.25}
     assert (ours["win"], ours["tie"], ours["lose"]) == (theirs["lose"], theirs["tie"], theirs["win"])
-    assert evaluate.policy_report(a, a)["scores"]["s"] == {"mean": 2.25, "stderr": np.std([1, 2, 3, 3], ddof=1) / 2}
+    spread = np.std([1, 2, 3, 3], ddof=1)
+    assert evaluate.policy_report(a, a)["scores"]["s"] == {"mean": 2.25, "stderr": spread / 2}
 
 
-# ---- values and tau --------------------------------------------------------------------------------------------
+# ---- values and tau ----------------------------------------------------------------------------------------
 
 def test_token_values_against_one_row_at_a_time(world_dir):
     gvm = opened(world_dir)
-    jobs = [(list(range(4, 4 + p)), list(range(20, 20 + r)) + [3]) for p, r in ((5, 1), (2, 6), (9, 3), (3, 3))]
+    lengths = ((5, 1), (2, 6), (9, 3), (3, 3))
+    jobs = [(list(range(4, 4 + p)), list(range(20, 20 + r)) + [3]) for p, r in lengths]
     for (prompt, response), values in zip(jobs, evaluate.token_values(gvm, jobs)):
         alone = gvm.model(input_ids=torch.tensor([prompt + response])).logits[0, :, 0]
-        assert np.allclose(values, alone[len(prompt) - 1:].detach(), atol=1e-5)  # slot 0: the last prompt token
+        # slot 0: the last prompt token
+        assert np.allclose(values, alone[len(prompt) - 1:].detach(), atol=1e-5)
 
 
 def test_tau_is_of_other_groups_and_loses_its_first_pair_first(world_dir):
@@ -140,7 +145,8 @@ def test_tau_is_of_other_groups_and_loses_its_first_pair_first(world_dir):
         assert sorted(tau) == [("what is n0 ?", "yes n0"), ("what is n2 ?", "yes n2")]
     small = gvm._replace(settings={**gvm.settings, "context": len(jobs[0][0]) + 1})
     shorter, kept = evaluate.under_tau(small, {"p": rows}, "p", [rows[1]], np.random.default_rng(seed))
-    assert kept == tau[1:] and shorter == [(evaluate.chat_ids(gvm.tokenizer, rows[1]["prompt"], tau[1:]), [10, 3])]
+    ids = evaluate.chat_ids(gvm.tokenizer, rows[1]["prompt"], tau[1:])
+    assert kept == tau[1:] and shorter == [(ids, [10, 3])]
     with pytest.raises(BadInput, match="context"):
         tiny = gvm._replace(settings={**gvm.settings, "context": 3})
         evaluate.under_tau(tiny, {"p": rows}, "p", [rows[1]], np.random.default_rng(seed))
@@ -166,11 +172,12 @@ def test_statistics_of_a_response(world_dir, monkeypatch):
 def test_recognizing_the_policy_is_worth_nothing_under_one_tau(world_dir, monkeypatch):
     """A model that reads only tau: own taus look perfect, one shared tau shows that it cannot rank."""
     yes = WORDS.index("yes")
-    found = ranked(world_dir, monkeypatch, lambda prompt, response: np.full(1 + len(response), float(yes in prompt)))
+    found = ranked(world_dir, monkeypatch,
+                   lambda prompt, response: np.full(1 + len(response), float(yes in prompt)))
     assert {a["accuracy"] for a in found["shared_tau"].values()} == {0.5}
     assert {a["accuracy"] for a in found["own_tau"].values()} == {1.0}
     assert found["baselines"]["policy mean"]["accuracy"] == 1.0
-    assert found["baselines"]["longer answer"]["accuracy"] == found["baselines"]["tau only"]["accuracy"] == 0.0
+    assert [found["baselines"][b]["accuracy"] for b in ("longer answer", "tau only")] == [0.0, 0.0]
     assert found["mean_value"] == {"good": 0.5, "bad": 0.5}
 
 
@@ -186,10 +193,11 @@ def test_log_probs_against_one_row_at_a_time(world_dir):
         assert np.isclose(found, sum(float(logp[t - 1, ids[t]]) for t in range(start, len(ids))), atol=1e-4)
 
 
-# ---- the toy's reference ---------------------------------------------------------------------------------------
+# ---- the toy's reference -----------------------------------------------------------------------------------
 
 def toy_row(policy, question, response, tau=()):
-    return {"prompt": [{"role": "user", "content": question}], "policy": policy.name, "response": response, "tau": tau}
+    prompt = [{"role": "user", "content": question}]
+    return {"prompt": prompt, "policy": policy.name, "response": response, "tau": tau}
 
 
 def test_toy_reference_is_exact_and_bayes_and_knows_where_it_is_decided():
@@ -216,15 +224,16 @@ def test_toy_reference_reads_cut_questions_and_refuses_strangers():
 
 
 def test_comparison_with_the_reference(monkeypatch):
-    """A GVM that is exact but for 0.5 on one policy's decided tokens: that policy's error, halved in the square."""
+    """A GVM that is exact but for 0.5 on one policy's decided tokens: its error, halved in the square."""
     question = world.PROMPTS[0]
     answer = world.answer_text(question, world.Parsed(0, True, 0))
     rows = [{**toy_row(p, question, answer), "group": "g", "response_ids": world.response_tokens(answer)}
-            for p, n in zip(world.TRAINING, (4, 2)) for _ in range(n)]  # every policy weighs the same all the same
+            for p, n in zip(world.TRAINING, (4, 2)) for _ in range(n)]  # yet every policy weighs the same
 
     def off_by_half(gvm, rows, pool, seed):
         known = reference.values([{**row, "tau": []} for row in rows])
-        return [np.array(k["exact"]) + 0.5 * np.array(k["decided"]) * (row["policy"] == world.TRAINING[0].name)
+        first = world.TRAINING[0].name
+        return [np.array(k["exact"]) + 0.5 * np.array(k["decided"]) * (row["policy"] == first)
                 for row, k in zip(rows, known)], [[]] * len(rows)
 
     monkeypatch.setattr(evaluate, "values_under_own_tau", off_by_half)
@@ -235,7 +244,7 @@ def test_comparison_with_the_reference(monkeypatch):
     assert np.isclose(found["policies"][world.TRAINING[0].name]["decided"]["gvm_exact"], 0.5)
 
 
-# ---- the page and the terminal ---------------------------------------------------------------------------------
+# ---- the page and the terminal -----------------------------------------------------------------------------
 
 NASTY = {"question": "a < b & \"c\" {x}", "k": 0, "tau_policy": None, "responses": [
     {"label": "<b>", "text": "", "tokens": ["<script>", " alert('1')", "\n", "\x1b[31m"],
@@ -271,7 +280,7 @@ def test_a_character_of_several_tokens_appears_once():
     assert len(ids) == 5 and evaluate.token_texts(tokenizer, ids) == ["a", "", "é", " ", "b"]
 
 
-# ---- the commands ----------------------------------------------------------------------------------------------
+# ---- the commands ------------------------------------------------------------------------------------------
 
 def test_gvm_command(world_dir, capsys):
     found = run("gvm", world_dir, *on(world_dir), "--seed", 3)
@@ -280,7 +289,7 @@ def test_gvm_command(world_dir, capsys):
     assert found["calibration"]["n"] == 2 * held_out and found["left_out"] == {}
     assert found["ranking"]["baselines"]["longer answer"]["accuracy"] == 0
     assert np.isclose(np.average([b["actual"] for b in found["calibration"]["bins"]],
-                                 weights=[b["n"] for b in found["calibration"]["bins"]]), 0)  # scores 9 and 2: +-3.5
+                                 weights=[b["n"] for b in found["calibration"]["bins"]]), 0)  # 9 and 2: +-3.5
     shown = capsys.readouterr().out
     assert "token values: P99" in shown and "baseline: policy mean" in shown and "Calibration" in shown
 
@@ -290,7 +299,7 @@ def test_gvm_without_tau_reads_plain_pairs(world_dir):
     assert found["ranking"]["shared_tau"] == found["ranking"]["own_tau"]
     assert set(found["ranking"]["baselines"]) == {"longer answer"}
     assert np.isclose(np.average([b["actual"] for b in found["calibration"]["bins"]],
-                                 weights=[b["n"] for b in found["calibration"]["bins"]]), 0)  # +1 and -1 alike
+                                 weights=[b["n"] for b in found["calibration"]["bins"]]), 0)  # +1 and -1
     again = run("gvm", world_dir, *on(world_dir, "gvm0", "named"))
     assert again["ranking"]["baselines"]["policy mean"]["accuracy"] == 1  # names are there, though tau is not
 
@@ -343,13 +352,15 @@ def metrics_file(path, values, name="gvm/mean"):
 def test_plot_command(tmp_path):
     one = metrics_file(tmp_path / "1" / "metrics.jsonl", [0, 1, 2, 3])
     two = metrics_file(tmp_path / "2.jsonl", [2, 3, 4])
-    found = run("plot", tmp_path, "--runs", f"x={one.parent}", f"x={two}", f"y={two}", "--png", tmp_path / "p.png",
+    found = run("plot", tmp_path, "--runs", f"x={one.parent}", f"x={two}", f"y={two}",
+                "--png", tmp_path / "p.png",
                 "--metrics", "gvm/mean", "sometimes")
     x = found["curves"]["gvm/mean"]["x"]
     assert x == {"seeds": 2, "steps": 3, "first": 1.0, "last": 3.0, "highest": 3.0}
     assert found["curves"]["sometimes"]["y"]["steps"] == 1
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
-    steps, mean, std = evaluate.mean_and_band("m", "x", {"a": {"m": {0: 0.0, 1: 1.0}}, "b": {"m": {1: 3.0, 2: 5.0}}})
+    runs = {"a": {"m": {0: 0.0, 1: 1.0}}, "b": {"m": {1: 3.0, 2: 5.0}}}
+    steps, mean, std = evaluate.mean_and_band("m", "x", runs)
     assert steps == [1] and mean.tolist() == [2.0] and std.tolist() == [1.0]
 
 
@@ -452,7 +463,7 @@ loss          a          2     60  0.125  0.438   12.500
 """
 
 
-# ---- what goes wrong -------------------------------------------------------------------------------------------
+# ---- what goes wrong ---------------------------------------------------------------------------------------
 
 def test_usage(monkeypatch):
     for argv in ([], ["rank"], ["--help"], ["--local_rank=0"]):

@@ -53,8 +53,8 @@ def types_of(value):
     return [types_of(value[0])] if isinstance(value, list) else type(value)
 
 
-COUNTS = {"header_count": {f"h{i}": int for i in range(1, 7)}, "list_count": {"ordered": int, "unordered": int},
-          "bold_count": {"**": int, "__": int}}
+COUNTS = {"header_count": {f"h{i}": int for i in range(1, 7)},
+          "list_count": {"ordered": int, "unordered": int}, "bold_count": {"**": int, "__": int}}
 SCHEMAS = {
     "alpaca_eval": {"dataset": str, "instruction": str, "output": str, "generator": str},
     "arena_hard": {"uid": str, "ans_id": str, "model": str, "messages": [{"role": str, "content": str}],
@@ -66,7 +66,8 @@ SCHEMAS = {
 @pytest.mark.parametrize("kind", list(QUESTIONS))
 def test_answers_have_the_tools_format(kind, chain, tmp_path):
     """Every question, in order, its text verbatim, every field of the tool's own files and no other."""
-    rows = generate_to(tmp_path / f"out.json{'' if kind == 'alpaca_eval' else 'l'}", kind, tmp_path, chain.sft)
+    ending = "json" if kind == "alpaca_eval" else "jsonl"
+    rows = generate_to(tmp_path / f"out.{ending}", kind, tmp_path, chain.sft)
     assert [types_of(row) for row in rows] == [SCHEMAS[kind]] * len(QUESTIONS[kind])
     if kind == "alpaca_eval":
         assert [row["instruction"] for row in rows] == [row["instruction"] for row in ALPACA]
@@ -80,7 +81,8 @@ def test_answers_have_the_tools_format(kind, chain, tmp_path):
         assert [row["question_id"] for row in rows] == [81, 82, 83]
         assert all(len(row["choices"][0]["turns"]) == 2 for row in rows)
     settings = json.loads(next(tmp_path.glob("out.*settings.json")).read_text())
-    assert settings["response_length"] == 8 and settings["kind"] == kind and not list(tmp_path.glob("*partial*"))
+    assert settings["response_length"] == 8 and settings["kind"] == kind
+    assert not list(tmp_path.glob("*partial*"))
 
 
 def test_held_out_prompts_are_questions_too(chain, data, tmp_path):
@@ -105,7 +107,8 @@ def test_the_second_turn_sees_the_first_answer_and_categories_their_temperature(
     assert sorted({temperature for temperature, _, _ in seen}) == [0.0, 0.1, 0.7] and len(seen) == 6
     for question, row in zip(MT, rows):
         first, second = row["choices"][0]["turns"]
-        prompts = [prompt for _, prompt, answer in seen if question["turns"][0] in prompt and answer == second]
+        prompts = [prompt for _, prompt, answer in seen
+                   if question["turns"][0] in prompt and answer == second]
         assert any(first in prompt and question["turns"][1] in prompt for prompt in prompts)
 
 
@@ -122,8 +125,8 @@ def test_interrupted_answers_go_on(chain, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(policy, prompts, *args, **kwargs)
     monkeypatch.setattr(judge, "generate", cut)
-    again = lambda *more: generate_to(tmp_path / "out.json", "alpaca_eval", tmp_path, chain.sft, "--temperature",
-                                      1, *more)
+    again = lambda *more: generate_to(tmp_path / "out.json", "alpaca_eval", tmp_path, chain.sft,
+                                      "--temperature", 1, *more)
     with pytest.raises(KeyboardInterrupt):
         again()
     with open(tmp_path / "out.json.partial.jsonl", "a") as f:
@@ -137,7 +140,7 @@ def test_interrupted_answers_go_on(chain, tmp_path, monkeypatch):
 
 def test_a_prompt_that_fills_the_context(chain, tmp_path, capsys):
     """It still has its row, because the tools want every question, and is counted."""
-    rows = [{"instruction": "is it red ? " * 60}, {"instruction": "is it red ? " * 30}, {"instruction": "is it ?"}]
+    rows = [{"instruction": text} for text in ("is it red ? " * 60, "is it red ? " * 30, "is it ?")]
     (tmp_path / "q.json").write_text(json.dumps(rows))
     judge.main(["generate", "--policy", str(chain.sft), "--questions", str(tmp_path / "q.json"), "--out",
                 str(tmp_path / "o.json"), "--dtype", "float32", "--response_length", "10"])
@@ -149,8 +152,8 @@ def test_a_prompt_that_fills_the_context(chain, tmp_path, capsys):
 # ---- a scripted endpoint ----
 
 class Server:
-    """An OpenAI-compatible endpoint. `script(number of the call, messages)` gives a text, a status, or seconds
-    to wait before an answer."""
+    """An OpenAI-compatible endpoint. `script(number of the call, messages)` gives a text, a status, or
+    seconds to wait before an answer."""
 
     def __init__(self, script):
         server = self
@@ -216,8 +219,8 @@ def files(tmp_path, monkeypatch):
 
 
 def ask(server, files, *more, mode="pair"):
-    judge.main(["judge", "--answers", files[0], "--against", files[1], "--mode", mode, "--judge_url", server.url,
-                "--judge_model", "m", "--json", "result.json", *map(str, more)])
+    judge.main(["judge", "--answers", files[0], "--against", files[1], "--mode", mode,
+                "--judge_url", server.url, "--judge_model", "m", "--json", "result.json", *map(str, more)])
     return json.loads(Path("result.json").read_text())
 
 
@@ -236,7 +239,7 @@ def test_all_answers_are_good(files, serve):
 
 
 def test_unparsable_slow_429_and_500(files, serve, tmp_path, capsys):
-    """Retried where that helps, counted apart where not, nothing guessed, nothing asked twice, the key nowhere."""
+    """Retried where that helps, counted apart where not; nothing guessed or asked twice, the key nowhere."""
     def script(number, messages):
         content = messages[-1]["content"]
         if number in (1, 4):
@@ -291,7 +294,7 @@ def test_nothing_is_lost_or_asked_twice_after_a_kill(files, serve, monkeypatch):
 
 
 def test_what_is_under_way_when_the_judge_ends_is_kept(files, serve, monkeypatch):
-    """Eight requests at a time; the third verdict meets Ctrl-C: the others that were asked are paid for, and so
+    """Eight requests at a time; the third verdict meets Ctrl-C: the others that were asked are paid for, so
     kept, and not asked again."""
     server = serve(lambda number, messages: 0.3 if number > 3 else likes_good(number, messages))
     ask_until(3, monkeypatch, server, files)
@@ -323,12 +326,14 @@ def test_answers_of_weights_that_have_changed_are_not_taken(chain, tmp_path):
     (["judge", "--verdicts", "/proc/none/v.jsonl"], "/proc/none/v.jsonl: cannot be written"),
     (["judge", "--verdicts", "bad.jsonl"], "bad.jsonl: not a file"),
     (["judge", "--answers", "x"], "--answers 'x': expected name=file"),
-    (["judge", "--answers", "a=bad.jsonl"], "bad.jsonl"), (["judge", "--answers", "a=empty.jsonl"], "empty.jsonl:1"),
+    (["judge", "--answers", "a=bad.jsonl"], "bad.jsonl"),
+    (["judge", "--answers", "a=empty.jsonl"], "empty.jsonl:1"),
     (["judge", "--answers", "a=id.jsonl"], "id.jsonl:1"), (["judge", "--judge_model", ""], "--judge_model"),
     (["meta"], "--labels"), (["meta", "--labels", "id.jsonl"], "id.jsonl:1: needs texts"),
     (["meta", "--labels", "label.jsonl"], "label.jsonl:1: needs texts"), (["table"], "runs/toy holds no"),
     (["generate", "--questions", "id.jsonl"], "id.jsonl: not a question file"),
-    (["generate", "--mode", "pair"], "--mode is a flag of"), (["rank", "--response_length", "8"], "--response_length")])
+    (["generate", "--mode", "pair"], "--mode is a flag of"),
+    (["rank", "--response_length", "8"], "--response_length")])
 def test_bad_input_is_one_sentence(words, part, files, tmp_path):
     for name, text in (("bad", "{\n"), ("empty", '{"uid": "a", "messages": []}\n'),
                        ("id", '{"uid": [], "messages": [{"content": "a"}, {"content": "b"}]}\n'),
@@ -358,7 +363,8 @@ def test_points_of_single_answers(files, serve):
     """5 for good, 2 for bad, 4 for both of question 3: five wins and a tie."""
     def script(number, messages):
         content = messages[-1]["content"]
-        return f"Score: {4 if 'question 3' in content else 5 if 'good' in content else 2} Evaluation evidence: x"
+        score = 4 if "question 3" in content else 5 if "good" in content else 2
+        return f"Score: {score} Evaluation evidence: x"
     result = ask(serve(script), files, mode="score")
     ours, theirs = (result["policies"][name] for name in ("ours", "theirs"))
     assert (ours["win"], ours["tie"], ours["lose"]) == (5 / 6, 1 / 6, 0.0) and ours["win_rate"] == 5.5 / 6
@@ -366,7 +372,7 @@ def test_points_of_single_answers(files, serve):
 
 
 def test_a_local_model_as_judge(files, chain, tmp_path):
-    """It says nothing that can be read, which is counted; the requests do not fit its context, which is said."""
+    """It says nothing that can be read, which is counted; what does not fit its context, which it says."""
     judge.main(["judge", "--answers", files[0], "--against", files[1], "--mode", "pair", "--judge_model",
                 str(chain.sft), "--judge_tokens", "4", "--dtype", "float32", "--json", "result.json"])
     result = json.loads(Path("result.json").read_text())
@@ -375,18 +381,20 @@ def test_a_local_model_as_judge(files, chain, tmp_path):
 
 
 def test_one_command_makes_the_papers_table(files, chain, tmp_path, serve, monkeypatch):
-    """Two policies, three benchmarks: AlpacaEval's file is its own baseline, Arena-Hard's is named, MT-Bench has
-    grades. A second run samples and asks nothing."""
+    """Two policies, three benchmarks: AlpacaEval's file is its own baseline, Arena-Hard's is named, MT-Bench
+    has grades. A second run samples and asks nothing."""
     for kind in QUESTIONS:
         (tmp_path / kind).mkdir()
     paths = {kind: question_file(kind, tmp_path / kind) for kind in QUESTIONS}
     baseline = write_jsonl(tmp_path / "base.jsonl", [
         {"uid": row["uid"], "messages": [{"role": "user", "content": row["prompt"]},
-                                         {"role": "assistant", "content": {"answer": "no ."}}]} for row in ARENA])
+                                         {"role": "assistant", "content": {"answer": "no ."}}]}
+        for row in ARENA])
     server = serve(lambda number, messages: "[[A]] [[7]]" if "Rating" in messages[0]["content"] else "[[A]]")
-    words = ["table", "--policies", f"one={chain.sft}", f"two={chain.dvpo}", "--benchmarks", paths["alpaca_eval"],
-             f"{baseline}={paths['arena_hard']}", paths["mt_bench"], "--judge_url", server.url, "--judge_model", "m",
-             "--dtype", "float32", "--response_length", 8, "--json", "table.json"]
+    words = ["table", "--policies", f"one={chain.sft}", f"two={chain.dvpo}", "--benchmarks",
+             paths["alpaca_eval"], f"{baseline}={paths['arena_hard']}", paths["mt_bench"],
+             "--judge_url", server.url, "--judge_model", "m", "--dtype", "float32",
+             "--response_length", 8, "--json", "table.json"]
     for _ in range(2):
         judge.main(list(map(str, words)))
         found = json.loads(Path("table.json").read_text())["policies"]
@@ -477,8 +485,9 @@ def test_rankers_on_preference_pairs(chain, baseline, tmp_path):
     """The reward model's accuracy by hand, by subset; the GVM's beside it; a tie is half."""
     rows = [{"prompt": "is thing1 red ?", "chosen": a, "rejected": b, "subset": subset}
             for a, b, subset in (("yes .", "no .", "s"), ("no .", "yes .", "s"), ("it is .", "it is .", "t"))]
-    judge.main(["rank", "--pairs", write_jsonl(tmp_path / "p.jsonl", rows), "--dtype", "float32", "--reward_model",
-                str(baseline.rm), "--value_model", str(chain.gvm), "--json", str(tmp_path / "r.json")])
+    judge.main(["rank", "--pairs", write_jsonl(tmp_path / "p.jsonl", rows), "--dtype", "float32",
+                "--reward_model", str(baseline.rm), "--value_model", str(chain.gvm),
+                "--json", str(tmp_path / "r.json")])
     found = json.loads((tmp_path / "r.json").read_text())["accuracy"]
     assert len(found) == 9 and {name: part["n"] for name, part in found.items() if "GVM, last" in name} == {
         "GVM, last value: all": 3, "GVM, last value: s": 2, "GVM, last value: t": 1}
@@ -495,10 +504,12 @@ def test_rankers_on_preference_pairs(chain, baseline, tmp_path):
 
 @pytest.mark.parametrize("mode, text, wanted", [
     ("score", "Score: 4 Evaluation evidence: fine", 4), ("score", "Score: 3\n... Score: **5** Evaluation", 5),
-    ("score", "Score: 4 Evaluation evidence: a perfect Score: 5 needs more", 4), ("score", "Score: 3 or 4", None),
-    ("score", "Score: 0 to 5", None), ("grade", "[[5]] of [[10]]", None), ("pair", "[[A]] or [[B]], who knows", None),
-    ("pair", "[[A]] is [[A]]", "A"), ("score", "Score: 6", None), ("score", "four of five", None), ("score", "", None), ("score", None, None),
-    ("grade", "Rating: [[7]]", 7), ("grade", "[[7.5]]\nno, [[8]]", 8), ("grade", "[[0]]", None), ("grade", "7", None),
+    ("score", "Score: 4 Evaluation evidence: a perfect Score: 5 needs more", 4),
+    ("score", "Score: 3 or 4", None), ("score", "Score: 0 to 5", None), ("score", "Score: 6", None),
+    ("score", "four of five", None), ("score", "", None), ("score", None, None),
+    ("pair", "[[A]] or [[B]], who knows", None), ("pair", "[[A]] is [[A]]", "A"),
+    ("grade", "[[5]] of [[10]]", None), ("grade", "Rating: [[7]]", 7),
+    ("grade", "[[7.5]]\nno, [[8]]", 8), ("grade", "[[0]]", None), ("grade", "7", None),
     ("pair", "[[A]] at first\nbut [[B]]", "B"), ("pair", "[[C]]", "C"), ("pair", "A is better", None),
     ("pair", "[[D]]", None)])
 def test_verdicts_are_read_or_none(mode, text, wanted):
@@ -511,12 +522,14 @@ def test_an_oracle_and_a_judge_that_takes_the_first(tmp_path, monkeypatch):
     """Against labels: 100 %, and 50 % because its two orders always disagree."""
     monkeypatch.chdir(tmp_path)
     rows = [{"input": f"q{i}", "output_1": f"good {i}" if i % 3 else f"bad {i}",
-             "output_2": f"bad {i}" if i % 3 else f"good {i}", "label": 1 if i % 3 else 2, "source": f"s{i % 2}"}
+             "output_2": f"bad {i}" if i % 3 else f"good {i}", "label": 1 if i % 3 else 2,
+             "source": f"s{i % 2}"}
             for i in range(20)]
     args = lambda name: judge.Args(labels=write_jsonl(tmp_path / "labels.jsonl", rows), judge_model=name,
                                    verdicts=f"{name}.jsonl")
     oracle = judge.judge_the_judge(args("oracle"), ask=lambda messages: likes_good(0, messages))
-    assert {name: part["accuracy"] for name, part in oracle["agreement"].items()} == {"all": 1, "s0": 1, "s1": 1}
+    accuracy = {name: part["accuracy"] for name, part in oracle["agreement"].items()}
+    assert accuracy == {"all": 1, "s0": 1, "s1": 1}
     first = judge.judge_the_judge(args("first"), ask=lambda messages: "[[A]]")
     assert first["agreement"]["all"]["accuracy"] == 0.5
     assert first["position"] == {"first_wins": 1.0, "orders_agree": 0.0}
@@ -560,8 +573,8 @@ def test_swapping_the_policies_mirrors_everything():
 
 @pytest.mark.parametrize("quality, by_length", [(0.0, 2.0), (0.8, 0.0), (0.8, 2.0), (0.8, -2.0)])
 def test_length_control_removes_length_and_leaves_quality(quality, by_length):
-    """P(win) = sigmoid(quality + by_length * tanh(length difference)): ours are longer on the whole. What is left
-    is sigmoid(quality), 0.5 or 0.69."""
+    """P(win) = sigmoid(quality + by_length * tanh(length difference)): ours are longer on the whole. What is
+    left is sigmoid(quality), 0.5 or 0.69."""
     rng = np.random.default_rng(1)
     theirs = rng.uniform(200, 1000, 4000)
     ours = theirs + rng.normal(250, 300, 4000)
