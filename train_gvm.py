@@ -33,7 +33,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import (Run, chat_ids, collate, cut_pair, epoch_rows, keyed_rng, load_value_base, lora_config,
+from common import (Run, chat_ids, cut_pair, epoch_rows, keyed_rng, load_value_base, lora_config,
                     td_loss, train_only)
 from plumbing.args import RunArgs, parse_args
 from plumbing.checkpoint import Checkpoints
@@ -41,6 +41,7 @@ from plumbing.checks import check_finite, tokenizer_fingerprint
 from plumbing.deepspeed_config import adamw, dtype_of, set_lr, step_norm
 from plumbing.folders import model_place, output_folder
 from plumbing.inputs import gvm_stage_inputs, steps_of
+from plumbing.lean import pack
 from plumbing.log import Clock, MetricLog, due
 from plumbing.ranks import all_sum, gather_rows, init_distributed, peak_memory_gb, print0, seed_everything
 from plumbing.rows import reward_map, trajectories
@@ -69,6 +70,7 @@ class Args(RunArgs):
     tau_warmup: float = 0.6  # share of the steps in which tau is first empty, then grows to k pairs
     tau_question_tokens: int = 128  # each question of tau is cut to this [tokens]
     tau_answer_tokens: int = 256  # each answer of tau is cut to this [tokens]
+    batch_policies: int = 8  # policies in an optimizer batch, about: the rows of one share one tau
     # algorithm
     gamma: float = 1.0  # discount per token
     lam: float = 0.95  # lambda of TD(lambda); 0 is Eq. 1, 1 the Monte-Carlo return
@@ -77,7 +79,7 @@ class Args(RunArgs):
     epochs: int = 1  # passes over the data
     max_steps: int = -1  # stop after this many, whatever epochs says; below 1: no limit [optimizer steps]
     batch_size: int = 32  # rows of one optimizer step, over all ranks
-    micro_batch: int = 2  # rows of one forward pass on one rank
+    micro_batch: int = 2  # rows of one forward pass on one rank; those of one policy need tau only once
     max_grad_norm: float = 1.0  # gradient clipping
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     # run: also --ds_config, --output_dir, --resume, --save_every, --keep, --track, see plumbing/args.py
@@ -87,19 +89,6 @@ class Args(RunArgs):
 
 
 # ---- the algorithm -----------------------------------------------------------------------------------------
-
-def read_values(logits, P):
-    """Q_0 .. Q_R: the values of the last prompt token and of every response token.
-
-    # ids       tau.. p1  p2 | y1  y2  y3  EOS pad    P prompt columns (left padded, tau in front), R = 5
-    # action a_t              1   2   3   4   -       a_t = y_t, in column P + t - 1
-    # Q_0 = V(s_1)            read at P - 1           the last prompt token, before anything is said
-    # Q_t                     read at P + t - 1       slice [:, P : T], after the action
-    # mask                    1   1   1   1   0       EOS is an action and is valued; nothing after it is
-    logits: [B, T, 1];  returns [B, 1 + R] float32
-    """
-    return logits[:, P - 1:, 0].float()
-
 
 def learning_rate(step, steps, args):
     """Linear decay from --lr to 0 after the last of `steps` optimizer steps."""
@@ -112,16 +101,28 @@ def tau_pairs(step, steps, args):
     return min(args.k, max(0, int(2 * args.k * (progress - 0.5))))
 
 
-def rows_of_step(n, step, args):
-    """Which of the n trajectories an optimizer batch holds, from an endless stream of shuffled epochs.
+def rows_of_step(policies, step, args):
+    """Which trajectories an optimizer batch holds, from an endless stream of shuffled epochs. policies: who
+    wrote each of them. With --k, batch_size / --batch_policies rows of one policy stand together.
 
     With --reward preference they are pairs, rows 2 i and 2 i + 1, and the two share a batch: where both
     answers are equally good, +1 and -1 then cancel instead of being noise. Dealt apart, the toy's GVM learned
     nothing in 700 steps; together, it did in 100.
     """
     unit = 2 if args.reward == "preference" else 1
-    units = epoch_rows(n // unit, step * args.batch_size // unit, args.batch_size // unit, args.seed)
-    return [unit * i + j for i in units for j in range(unit)]
+
+    def shuffle(rng, n):
+        order = rng.permutation(n)
+        if not args.k:
+            return order
+        # stable: shuffled among those of the same policies
+        order = sorted(order, key=lambda i: sorted(policies[unit * i:unit * (i + 1)]))
+        size = max(1, args.batch_size // unit // args.batch_policies)
+        blocks = [order[i:i + size] for i in range(0, n, size)]
+        return [i for block in rng.permutation(len(blocks)) for i in blocks[block]]
+    count = args.batch_size // unit
+    return [unit * i + j for i in epoch_rows(len(policies) // unit, step * count, count, args.seed, shuffle)
+            for j in range(unit)]
 
 
 def ranking_accuracy(good, bad):
@@ -142,13 +143,13 @@ class TauSource:
             self.by_policy[row["policy"]].append(row)
         self.shortened = 0  # rows whose tau lost pairs because tau + prompt + response exceeded the context
 
-    def draw(self, policy, group, rng, k):
-        """k (question, answer) text pairs of `policy`, or all it has, none of them about `group`."""
+    def draw(self, policy, groups, rng, k):
+        """k (question, answer) text pairs of `policy`, or all it has, none of them about one of `groups`."""
         if k == 0:
             return []
         rows, pairs = self.by_policy[policy], []
         for i in rng.permutation(len(rows)):
-            if rows[i]["group"] != group:
+            if rows[i]["group"] not in groups:
                 if "cut" not in rows[i]:
                     rows[i]["cut"] = cut_pair(self.tokenizer, rows[i]["prompt"], rows[i]["text"],
                                               self.settings)
@@ -181,16 +182,17 @@ def held_out_ranking(engine, pairs, tau_source, run):
     args, world, jobs = run.args, run.world, []
     for i, (good, bad) in enumerate(pairs):
         for lender in (good, bad) if args.k else (good,):
-            tau = tau_source.draw(lender["policy"], good["group"], keyed_rng(args.split_seed, i), args.k)
+            tau = tau_source.draw(lender["policy"], {good["group"]},
+                                  keyed_rng("held-out tau", args.split_seed, i), args.k)
             prompts = tau_source.prompts((good, bad), tau)
-            jobs.append([(prompt, row["response_ids"]) for prompt, row in zip(prompts, (good, bad))])
+            jobs.append([(prompt, row["response_ids"], len(jobs)) for prompt, row in zip(prompts, (good, bad))])
     # Every rank runs the same number of batches: ZeRO-3 would hang otherwise
     jobs = jobs[:len(jobs) // world * world]
     means = []
     for i in range(run.rank, len(jobs), world * args.micro_batch):
-        prompts, responses = zip(*[row for job in jobs[i:i + world * args.micro_batch:world] for row in job])
-        q, batch = values(engine, prompts, responses, run)
-        means += ((q[:, 1:] * batch.mask).sum(1) / batch.mask.sum(1)).tolist()
+        rows = [row for job in jobs[i:i + world * args.micro_batch:world] for row in job]
+        q, mask = values(engine, rows, run)
+        means += ((q[:, 1:] * mask).sum(1) / mask.sum(1)).tolist()
     engine.train()
     means = gather_rows(list(zip(means[::2], means[1::2])))
     if not means:
@@ -199,12 +201,40 @@ def held_out_ranking(engine, pairs, tau_source, run):
     return {"eval/accuracy": ranking_accuracy(good, bad), "eval/margin": float(np.mean(good) - np.mean(bad))}
 
 
-def values(model, prompts, responses, run):
-    """[B, 1 + R] values of lists of prompt ids (tau included) and response ids, and the collated batch."""
-    batch = collate(prompts, responses, run.tokenizer.pad_token_id, run.device)
-    logits = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
-                   use_cache=False).logits
-    return read_values(logits, batch.P), batch
+def values(model, rows, run):
+    """Q_0 .. Q_R of rows (prompt ids with tau in front, response ids, key), [B, 1 + R] float32, and their
+    mask [B, R] bool. Rows with one key have one tau, and stand behind it in one sequence.
+
+    # ids       tau.. p1  p2 | y1  y2  y3  EOS       of each row; see lean.pack for rows that share a tau
+    # action a_t              1   2   3   4          a_t = y_t
+    # Q_0 = V(s_1)            read at p2             the last prompt token, before anything is said
+    # Q_t                     read at y_t            after the action
+    # mask                    1   1   1   1          EOS is an action and is valued; nothing after it is
+    """
+    dtype = next(model.parameters()).dtype
+    inputs, places, mask = pack(rows, run.tokenizer.pad_token_id, run.device, dtype)
+    return model(**inputs, use_cache=False).logits[..., 0][places].float(), mask
+
+
+def batch_of_step(train, tau_source, step, k, run):
+    """This rank's rows of an optimizer batch: (prompt ids with tau in front, response ids, policy, reward).
+
+    All rows of a policy have one tau, which is about other things than any of them (`group`). tau is longer
+    than they are, and read once for those that share a forward pass: so a policy's rows stand together, on
+    one rank where they can. Without tau, rows of like length stand together.
+    """
+    args, by_policy, batch = run.args, defaultdict(list), []
+    for i in rows_of_step([row["policy"] for row in train], step, args):
+        by_policy[train[i]["policy"]].append(train[i])
+    for policy, rows in by_policy.items():
+        tau = tau_source.draw(policy, {row["group"] for row in rows},
+                              keyed_rng("tau", args.seed, step, policy), k)
+        batch += [(prompt, row["response_ids"], policy if tau else id(row), row["reward"])
+                  for prompt, row in zip(tau_source.prompts(rows, tau), rows)]
+    if k == 0:
+        return sorted(batch, key=lambda row: len(row[0]) + len(row[1]))[run.rank::run.world]
+    share = len(batch) // run.world
+    return batch[run.rank * share:(run.rank + 1) * share]
 
 
 def load_model(sft, config, args):
@@ -245,28 +275,24 @@ def main(args):
     log = MetricLog(out, args, ["loss", "value/mean", "eval/accuracy", "lr"], steps, start)
     for step in range(start, steps):
         clock = Clock()
-        # 1. batch: rows of this optimizer step, each with a fresh tau of the policy that wrote it. tau is
+        # 1. batch: rows of this optimizer step, behind a fresh tau of the policy that wrote them. tau is
         #    empty at first: the model learns to value answers, then whose they are. Both at once took longer
         k = tau_pairs(step, steps, args)
-        picks = list(enumerate(rows_of_step(len(train), step, args)))[rank::world]
-        rows = []
-        for place, i in picks:
-            tau = tau_source.draw(train[i]["policy"], train[i]["group"], keyed_rng(args.seed, step, place), k)
-            prompt, = tau_source.prompts([train[i]], tau)
-            rows.append((prompt, train[i]["response_ids"], train[i]["reward"]))
-        count, = all_sum(sum(1 + len(response) for _, response, _ in rows), device=device)  # Q_0 .. Q_n each
+        rows = batch_of_step(train, tau_source, step, k, run)
+        count, = all_sum(sum(1 + len(response) for _, response, *_ in rows), device=device)  # Q_0 .. Q_n each
 
         # 2. update: DeepSpeed averages gradients over ranks, so a mean over values is sum * ranks / number
         engine.train()
         total, value_sum, bad = 0.0, 0.0, []
         for i in range(0, len(rows), args.micro_batch):
-            prompts, responses, rewards = zip(*rows[i:i + args.micro_batch])
-            q, batch = values(engine, prompts, responses, run)
-            loss, _ = td_loss(q, torch.tensor(rewards, device=device), batch.mask, args.gamma, args.lam)
+            micro = rows[i:i + args.micro_batch]
+            q, mask = values(engine, [row[:3] for row in micro], run)
+            rewards = torch.tensor([reward for *_, reward in micro], device=device)
+            loss, _ = td_loss(q, rewards, mask, args.gamma, args.lam)
             engine.backward(loss * world / count)
-            total, value_sum = total + loss.item(), value_sum + (q[:, 1:] * batch.mask).sum().item()
+            total, value_sum = total + loss.item(), value_sum + (q[:, 1:] * mask).sum().item()
             if not loss.isfinite():
-                bad += [repr(tokenizer.decode(prompt)[-80:]) for prompt in prompts]
+                bad += [repr(tokenizer.decode(prompt)[-80:]) for prompt, *_ in micro]
         total, value_sum = all_sum(total, value_sum, device=device)
         check_finite(total, step, "the loss", bad)
         set_lr(engine, learning_rate(step, steps, args))

@@ -6,10 +6,12 @@ import copy
 import functools
 import inspect
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaModel
 from transformers.modeling_outputs import TokenClassifierOutput
@@ -189,6 +191,47 @@ class SharedPrefix:
             positions = positions + n
         return self.model(input_ids=batch.ids, attention_mask=attention, position_ids=positions,
                           use_cache=cache is not None, **{CACHE: cache}).logits
+
+
+def pack(rows, pad_id, device, dtype=torch.float32):
+    """Rows that begin alike, as with one tau in front of each, in one sequence: the tokens in front are
+    computed once, forward and backward. A token sees those in front of its row and its row's own, at the
+    positions that they have without the others, so that every number is that of the row alone.
+
+    # sequence    tau tau tau | p1 p2 y1 y2 EOS | p1 y1 y2 y3 EOS | pad      two rows of one policy
+    # position     0   1   2     3  4  5  6  7     3  4  5  6  7     0
+    # row          0   0   0     1  1  1  1  1     2  2  2  2  2    -1       sees its own number and 0
+
+    rows: (prompt ids, response ids, key) of B rows; those of one key stand in one sequence
+    dtype: of the model, for a mask that is added to the attention scores
+    returns (a model's inputs,  (sequence, column) of V(s_1), Q_1 .. Q_R, [B, 1 + R] each,  mask [B, R] bool)
+    """
+    packs, sequences, place = defaultdict(list), [], {}
+    for i, (_, _, key) in enumerate(rows):
+        packs[key].append(i)
+    for members in packs.values():
+        prompts = [rows[i][0] for i in members]
+        n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1) if len(members) > 1 else 0
+        ids, positions, row_of = prompts[0][:n], list(range(n)), [0] * n
+        for number, i in enumerate(members, 1):
+            own = rows[i][0][n:] + rows[i][1]
+            place[i] = len(sequences), len(ids) + len(rows[i][0]) - n - 1
+            ids, positions = ids + own, positions + list(range(n, n + len(own)))
+            row_of = row_of + [number] * len(own)
+        sequences.append([torch.tensor(x) for x in (ids, positions, row_of)])
+    ids, positions, row_of = (pad_sequence(list(x), True, pad).to(device)
+                              for x, pad in zip(zip(*sequences), (pad_id, 0, -1)))
+    attention = (row_of >= 0).long()
+    if len(packs) < len(rows):
+        seen = (row_of[:, None] == 0) | (row_of[:, None] == row_of[:, :, None])
+        attention = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(
+            ~seen.tril(), torch.finfo(dtype).min)[:, None]
+    lengths = torch.tensor([len(response) for _, response, _ in rows], device=device)
+    sequence, first = torch.tensor([place[i] for i in range(len(rows))], device=device).T
+    t = torch.arange(1 + int(lengths.max()), device=device)
+    columns = first[:, None] + torch.minimum(t, lengths[:, None])  # behind an answer's end its last column
+    return ({"input_ids": ids, "attention_mask": attention, "position_ids": positions},
+            (sequence[:, None], columns), t[1:] <= lengths[:, None])
 
 
 def model_config(model):
