@@ -25,6 +25,7 @@ Legend: B rows, P prompt columns (left padded, tau included), R response columns
 """
 
 import html
+import io
 import json
 import os
 import re
@@ -49,6 +50,7 @@ from plumbing.files import read_rows
 from plumbing.folders import stage_folder
 from plumbing.ranks import init_distributed
 from plumbing.rows import responses_that_fit
+from plumbing.saving import check_place, write_whole
 from plumbing.table import percent, plus_minus, print_table, win_tie_lose
 
 
@@ -217,8 +219,10 @@ def rank_pairs(gvm, pairs, pool, seed):
     good, bad = zip(*pairs)
     baselines = {"longer answer": hits(*[[len(row["response_ids"]) for row in side] for side in (good, bad)])}
     if None not in pool:  # policies have names, and named responses have scores
-        means = {policy: np.mean([row["score"] for row in rows if row["split"] == "value"] or [0.0])
-                 for policy, rows in pool.items()}
+        seen = {policy: [row["score"] for row in rows if row["split"] == "value"]
+                for policy, rows in pool.items()}
+        every = sum(seen.values(), []) or [0.0]  # of a policy that is not in training one knows no more
+        means = {policy: np.mean(scores or every) for policy, scores in seen.items()}
         baselines["policy mean"] = hits(*[[means[row["policy"]] for row in side] for side in (good, bad)])
     if k:
         baselines["tau only"] = hits(tau_length[::2], tau_length[1::2])
@@ -425,9 +429,7 @@ def evaluate_values(args, device):
     for answer in responses:
         print(f"\n{answer['label']}: mean {answer['mean']:+.2f}, last {answer['last']:+.2f}")
         print(terminal_text(answer, low, high, coloured))
-    if args.html:
-        Path(args.html).write_text(page(result, low, high), encoding="utf-8")
-    return result
+    return {**result, "files": {"html": page(result, low, high)}}
 
 
 # ---- policy ------------------------------------------------------------------------------------------------
@@ -545,11 +547,10 @@ def evaluate_policy(args, device):
     if args.reward_model:
         for row, score in zip(rows, model_scores(args.reward_model, rows, args, device)):
             row["scores"]["reward model"] = score
-    if args.out:
-        lines = [json.dumps({"policy": name, **row}) for name, found in answers.items() for row in found]
-        Path(args.out).write_text("\n".join(lines) + "\n")
+    lines = [json.dumps({"policy": name, **row}) for name, found in answers.items() for row in found]
     return {"reference": reference, "first": first, "prompts": len(prompts), "temperature": args.temperature,
-            "policies": {name: policy_report(found, answers[first]) for name, found in answers.items()}}
+            "policies": {name: policy_report(found, answers[first]) for name, found in answers.items()},
+            "files": {"out": "\n".join(lines) + "\n"}}
 
 
 def show_policy(result):
@@ -606,6 +607,8 @@ def draw_band(axis, metric, label, seeds):
 def evaluate_plot(args, device):
     from matplotlib.figure import Figure
     runs, result = defaultdict(dict), defaultdict(dict)
+    args.png = args.png or "curves.png"
+    check_place(args.png, "--png")
     for label, path in named_paths("--runs", args.runs, ("dvpo", "ppo"), "metrics.jsonl", args):
         path = path if path.endswith(".jsonl") else f"{path}/metrics.jsonl"
         runs[label][path] = read_metrics(path)
@@ -620,12 +623,12 @@ def evaluate_plot(args, device):
                                      "last": float(mean[-1]), "highest": float(mean.max())}
         axis.set(title=metric, xlabel="step")
         axis.legend()
-    figure.savefig(args.png or "curves.png", dpi=120, format="png")
-    return {"curves": result}
+    figure.savefig(picture := io.BytesIO(), dpi=120, format="png")
+    return {"curves": result, "files": {"png": picture.getvalue()}}
 
 
 def show_plot(result):
-    print_table(f"Curves, mean over the seeds of a label; drawn in {result['args']['png'] or 'curves.png'}",
+    print_table(f"Curves, mean over the seeds of a label; drawn in {result['args']['png']}",
                 ["metric", "label", "seeds", "steps", "first", "last", "highest"],
                 [[metric, label, *found.values()] for metric, labels in result["curves"].items()
                  for label, found in labels.items()], left=2)
@@ -658,10 +661,13 @@ def main(argv=None):
     command, args = command_args(Args, COMMANDS, argv, outputs=("json", "html", "out", "png"))
     device = init_distributed()[2] if command != "plot" else None
     result = {"command": command, "args": vars(args), **COMMANDS[command](args, device)}
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-    if command in TABLES:
+    files = result.pop("files", {})
+    files["json"] = json.dumps(result, indent=1, ensure_ascii=False)
+    if command in TABLES:  # first: what a full disk does not take has been seen
         TABLES[command](result)
+    for flag, content in files.items():
+        if getattr(args, flag):
+            write_whole(getattr(args, flag), content)
 
 
 if __name__ == "__main__":

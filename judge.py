@@ -662,7 +662,8 @@ def judge_the_judge(args, ask=None):
     if not args.labels:
         raise BadInput("--labels: name a file with rows of input, output_1, output_2 and label.")
     rows, wanted = [], {}
-    for n, (where, row) in enumerate(read_rows(args.labels)):
+    columns = dict.fromkeys(("input", "output_1", "output_2", "label", "source"))
+    for n, (where, row) in enumerate(read_rows(args.labels, columns)):
         texts = [row.get(name) for name in ("input", "output_1", "output_2")]
         if not all(isinstance(text, str) for text in texts) or repr(row.get("label")) not in ("1", "2"):
             raise BadInput(f"{where}: needs texts input, output_1, output_2, and label 1 or 2; correct it.")
@@ -729,7 +730,8 @@ def rank_pairs(args, device):
         raise BadInput("--pairs FILE with --value_model, --reward_model or both: give them.")
     if args.value_model:
         settings = gvm_settings(args.value_model)
-    subsets = {at: str(row.get("subset") or row.get("source") or "") for at, row in read_rows(args.pairs)}
+    subsets = {at: str(row.get("subset") or row.get("source") or "") for at, row in
+               read_rows(args.pairs, {"subset": None, "source": None})}
     records = [(record, pair) for record in read_data(args.pairs, args.allow_dropped)
                if (pair := preference_pair(record, args.split_seed))]
     if not records:

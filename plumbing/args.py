@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from plumbing.errors import MADE_BY, BadInput, one_line
+from plumbing.saving import check_place
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,15 +74,9 @@ def command_args(cls, commands, argv, outputs):
         if owners & set(commands) and argv[0] not in owners and f"__{flag.name}" in typed:
             raise BadInput(f"--{flag.name} is a flag of `{script} {' and '.join(sorted(owners))}`, not of "
                            f"{argv[0]}.")
-    for flag in outputs:  # an unwritable place shows before the expensive work
-        try:
-            if getattr(args, flag):
-                made = not os.path.exists(getattr(args, flag))
-                open(getattr(args, flag), "a").close()
-                if made:  # a run that ends early leaves no empty file
-                    os.remove(getattr(args, flag))
-        except OSError as e:
-            raise BadInput(f"--{flag}: cannot write {e.filename} ({e.strerror}); name another.") from None
+    for flag in outputs:
+        if getattr(args, flag):
+            check_place(getattr(args, flag), f"--{flag}")
     return argv[0], args
 
 

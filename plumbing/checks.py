@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 import zlib
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from plumbing.errors import BadInput, loading, one_line
+from plumbing.files import read_object
 from plumbing.folders import base_of
 from plumbing.ranks import gather_rows
 
@@ -20,8 +22,20 @@ def pretrained(cls, path, flag="--model", **kwargs):
     pickle is read: weights are safetensors."""
     if cls not in (AutoConfig, AutoTokenizer):
         kwargs["use_safetensors"] = True
+    check_links(path, flag)
     with loading(path, flag):
         return cls.from_pretrained(path, trust_remote_code=False, **kwargs)
+
+
+def check_links(folder, flag):
+    """Refuse a folder of which a file is a link to nothing: transformers passes over some in silence."""
+    for file in sorted(Path(folder).glob("*")):
+        if file.suffix in READ and not file.exists():
+            raise BadInput(f"{flag} {folder}: its {file.name} is a link to nothing, as in a cache that was "
+                           f"cleared; download or copy the model again.")
+
+
+READ = {".safetensors", ".json", ".jinja", ".model", ".txt"}  # kinds of files that a model is read from
 
 
 def load_weights(cls, path, flag, new_head=False, **kwargs):
@@ -80,15 +94,14 @@ def check_head(folder, flag):
 
 def gvm_settings(folder, flag="--value_model"):
     """gvm.json of a folder that train_gvm.py wrote: base model, K, tau's budget, tokenizer, template."""
-    folder = Path(folder)
-    try:
-        settings = json.loads((folder / "gvm.json").read_text())
+    def checked(settings):
         wrong = [name for name, kind in GVM_SETTINGS.items() if not isinstance(settings[name], kind)
                  or (kind is int and settings[name] < (name == "context"))]
         if wrong:
             raise ValueError(f"gvm.json: wrong {', '.join(wrong)}")
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise BadInput(f"{flag} {folder}: not a folder that train_gvm.py wrote ({one_line(e)}).") from None
+        return settings
+    settings = read_object(Path(folder) / "gvm.json", f"{flag} {folder}: not a folder that train_gvm.py "
+                           "wrote", "train it again or name another", checked)
     check_head(folder, flag)
     return settings
 
@@ -101,17 +114,16 @@ GVM_SETTINGS = {  # name in gvm.json: type
 
 def reward_scale(folder, flag="--reward_model"):
     """(center, scale) of the scores, as train_rm.py recorded them; (0, 1) for any other model."""
-    if not (Path(folder) / "rm.json").exists():
+    if not os.path.lexists(Path(folder) / "rm.json"):
         return 0.0, 1.0
-    try:
-        settings = json.loads((Path(folder) / "rm.json").read_text())
+
+    def scale_of(settings):
         center, scale = float(settings["center"]), float(settings["scale"])
         if not (math.isfinite(center) and 0 < scale < math.inf):
             raise ValueError(f"center {center}, scale {scale}")
         return center, scale
-    except (ValueError, KeyError, TypeError, OverflowError) as e:
-        raise BadInput(f"{flag} {folder}: its rm.json cannot be read ({one_line(repr(e))}); train it "
-                       f"again.") from None
+    return read_object(Path(folder) / "rm.json", f"{flag} {folder}: its rm.json cannot be read",
+                       "train it again", scale_of)
 
 
 def tokenizer_fingerprint(tokenizer):
@@ -123,9 +135,10 @@ def fingerprint(model, part=1 << 20):
     """Of a model's folder: name, size, first and last MiB of its weights and settings; a hub id is itself."""
     crc = 0
     for path in sorted(Path(model).glob("*")):
-        if path.suffix in (".safetensors", ".json", ".jinja") and path.stem not in ("args", "finished"):
-            size = path.stat().st_size
-            with open(path, "rb") as f:
+        named = path.suffix in (".safetensors", ".json", ".jinja") and path.stem not in ("args", "finished")
+        if named and not path.is_dir():
+            with loading(model, "model"), open(path, "rb") as f:
+                size = path.stat().st_size
                 crc = zlib.crc32(f"{path.name} {size}".encode() + f.read(part), crc)
                 f.seek(max(0, size - part))
                 crc = zlib.crc32(f.read(part), crc)
@@ -138,7 +151,7 @@ def check_finite(number, step, what, rows):
     rows: what this rank knows about the rows that are to blame, a list of texts
     """
     if not math.isfinite(number):
-        raise BadInput(f"Step {step}: {what} is not finite (rows {'; '.join(gather_rows(rows)[:8])}): the "
-                       f"weights were not touched and the last checkpoint is good; look at these rows, or "
-                       f"lower --lr.")
+        raise BadInput(f"Step {step}: {what} is not finite (rows {'; '.join(gather_rows(rows)[:8])}): it has "
+                       f"not reached the weights, and nothing of this step is saved; look at these rows, or "
+                       f"lower --lr. --resume True goes on from the last checkpoint.")
 

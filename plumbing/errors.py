@@ -40,16 +40,18 @@ def loading(path, flag):
         raise BadInput(f"{flag} {path}: cannot load it ({why}){made_by(path)}.") from None
 
 
+KEPT = "the last complete checkpoint and model are kept, --resume True goes on"
+
+
 @contextlib.contextmanager
-def writing(path):
+def writing(path, then=KEPT):
     """What cannot be written (a full disk, a lost mount) ends in one sentence."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have classes of their own
         if LOST_RANK.search(str(e)):
             raise
-        raise BadInput(f"{path}: could not be written ({one_line(e)}): make room there; the last complete "
-                       f"checkpoint and model are kept, --resume True goes on.") from None
+        raise BadInput(f"{path}: could not be written ({one_line(e)}): make room there; {then}.") from None
 
 
 LOST_RANK = re.compile(r"Connection (closed|reset) by peer")  # what a collective says that lost its partner

@@ -10,16 +10,22 @@ from plumbing.errors import BadInput, made_by, one_line
 EXTENSIONS = (".json", ".jsonl", ".parquet")
 
 
-def read_rows(source):
-    """Yields (where, row) for each row of a source: str, dict. Reads, and so raises, while being iterated."""
+def read_rows(source, uses=None):
+    """Yields (where, row) for each row of a source: str, dict. Reads, and so raises, while being iterated.
+
+    uses: the columns that are read, {name: None, or the same of what is in it}; "*" is any name. The others
+          are None where the file has columns: what nobody reads can break nothing. None: all are read
+    """
     source = str(source)
     extension = os.path.splitext(source)[1].lower()
     if os.path.isdir(source):
         raise BadInput(f"{source} is a folder; give one {', '.join(EXTENSIONS)} file in it")
     if not os.path.exists(source):
-        rows = hub_rows(source)
+        rows = hub_rows(source, uses)
+    elif extension == ".parquet":
+        rows = parquet_rows(source, uses)
     elif extension in EXTENSIONS:
-        rows = {".json": json_rows, ".jsonl": jsonl_rows, ".parquet": parquet_rows}[extension](source)
+        rows = {".json": json_rows, ".jsonl": jsonl_rows}[extension](source)
     else:
         raise BadInput(f"{source}: unknown extension {extension!r}; convert it to {', '.join(EXTENSIONS)}")
     where = None
@@ -47,21 +53,51 @@ def jsonl_rows(path):
             yield f"{path}:{number}", parse_json(line, path, first_line=number)
 
 
-def parquet_rows(path):
+def parquet_rows(path, uses):
     import pyarrow.parquet  # comes with datasets; imported here, as reading .jsonl needs neither
 
     i = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    yield f"{path}[{i}]", row
+            names = file.schema_arrow.names
+            used = names if uses is None else [name for name in names if name in uses]
+            twice = {name for name in used if used.count(name) > 1}
+            if twice:
+                raise BadInput(f"{path}: two columns are called {', '.join(sorted(twice))}; rename one")
+            for batch in file.iter_batches(batch_size=1000, columns=used):
+                table = only_used(pyarrow.Table.from_batches([batch]), uses)
+                for row in table.to_pylist() or [{}] * len(batch):
+                    yield f"{path}[{i}]", {**dict.fromkeys(names), **row}
                     i += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except Exception as error:  # a dozen classes: a damaged file, a date that Python does not have
         raise BadInput(f"{path}: unreadable as parquet ({one_line(error)}); write or copy it again") from None
 
 
-def hub_rows(source):
+def only_used(table, uses):
+    """An Arrow table without the columns, and the parts of columns, that nobody reads."""
+    import pyarrow
+
+    table = table.select([name for name in table.column_names if uses is None or name in uses])
+    return table.cast(pyarrow.schema([field.with_type(without_unused(field.type, uses and uses[field.name]))
+                                      for field in table.schema]))
+
+
+def without_unused(kind, uses):
+    """An Arrow type without the fields that nobody reads; as it is where none of them is known."""
+    import pyarrow
+
+    if uses and pyarrow.types.is_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(without_unused(kind.value_type, uses)))
+    if uses and pyarrow.types.is_large_list(kind):
+        return pyarrow.large_list(kind.value_field.with_type(without_unused(kind.value_type, uses)))
+    if uses and pyarrow.types.is_struct(kind):
+        fields = [field.with_type(without_unused(field.type, uses.get(field.name, uses.get("*"))))
+                  for field in kind if field.name in uses or "*" in uses]
+        return pyarrow.struct(fields) if fields else kind
+    return kind
+
+
+def hub_rows(source, uses):
     name, _, split = source.partition(":")
     split = split or "train"
     looks_like_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
@@ -77,8 +113,14 @@ def hub_rows(source):
             f"{source}: no such file, and no split {split!r} from the hub ({one_line(error)}); check the "
             "name, log in if it is gated, or without network copy its .parquet file here and give that"
         ) from None
-    for i, row in enumerate(dataset):
-        yield f"{name}:{split}[{i}]", row
+    i = 0
+    try:
+        for row in type(dataset)(only_used(dataset.data.table, uses)) or [{}] * len(dataset):
+            yield f"{name}:{split}[{i}]", {**dict.fromkeys(dataset.column_names), **row}
+            i += 1
+    except Exception as error:  # as of a parquet file
+        raise BadInput(f"{name}:{split}[{i}]: unreadable ({one_line(error)}); copy its .parquet file here, "
+                       f"mend it and give that") from None
 
 
 def binary_lines(path):
@@ -103,6 +145,20 @@ def parse_json(raw, path, first_line):
         line = first_line + getattr(error, "lineno", 1) - 1
         hint = "complete it; one object a line is called .jsonl, a list .json"
         raise BadInput(f"{path}:{line}: not valid JSON ({one_line(error)}); {hint}") from None
+
+
+def read_object(path, wrong, otherwise, part=lambda value: value):
+    """The object in a small JSON file, or what part(object) makes of it. Where either fails, BadInput:
+    what is wrong, the cause in brackets, what to do otherwise."""
+    try:
+        with open(path, "rb") as file:
+            value = json.loads(file.read().decode("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+        return part(value)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError, ArithmeticError) as e:
+        why = one_line(repr(e) if isinstance(e, KeyError) else e)
+        raise BadInput(f"{wrong} ({why}); {otherwise}.") from None
 
 
 def wrong_type(where, name, value, wanted):

@@ -3,12 +3,13 @@
 from collections import Counter
 
 import numpy as np
+import torch.distributed as dist
 
 from common import answer_ids, chat_ids, load_reward_model, reward_scores
 from plumbing.data import (all_pairs, has_policy_names, preference_pair, prompt_text, read_data, report_drops,
                            split_of)
 from plumbing.errors import BadInput
-from plumbing.ranks import print0
+from plumbing.ranks import gather_rows, print0
 
 
 def responses_that_fit(record, tokenizer, max_length):
@@ -98,7 +99,8 @@ def score_reward(response, record, args):
 
 def reward_map(train, args, dtype, device):
     """How scores became rewards, for gvm.json. With --reward model the rewards are filled in here:
-    (score - mean) / (2 standard deviations), about [-1, 1]."""
+    (score - mean) / (2 standard deviations), about [-1, 1]. Every rank scores its share, in the micro batches
+    that one rank would make: the numbers do not depend on the ranks."""
     if args.reward == "preference":
         return {"kind": "preference"}
     if args.reward == "score":
@@ -106,7 +108,11 @@ def reward_map(train, args, dtype, device):
                 "scale": (args.score_max - args.score_min) / 2}
     chats = [(row["prompt"], row["text"]) for row in train]
     model, tokenizer, *_ = load_reward_model(args.reward_model, dtype)
-    scores = np.array(reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch))
+    model, size, found = model.to(device), args.micro_batch, []
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for i in range(rank * size, len(chats), world * size):
+        found.append((i, reward_scores(model, tokenizer, chats[i:i + size], device, size)))
+    scores = np.array([score for _, part in sorted(gather_rows(found)) for score in part])
     center, scale = float(scores.mean()), float(2 * scores.std() + 1e-8)
     for row, score in zip(train, scores):
         row["reward"] = float((score - center) / scale)
