@@ -46,11 +46,10 @@ from plumbing.args import command_args, load_plug
 from plumbing.checks import check_model, gvm_settings, tokenizer_fingerprint
 from plumbing.data import has_policy_names, preference_pair, prompt_text, read_data, split_of
 from plumbing.errors import BadInput
-from plumbing.files import read_rows
+from plumbing.files import check_place, read_rows, write_whole
 from plumbing.folders import stage_folder
 from plumbing.ranks import init_distributed
 from plumbing.rows import responses_that_fit
-from plumbing.saving import check_place, write_whole
 from plumbing.table import percent, plus_minus, print_table, win_tie_lose
 
 
@@ -608,7 +607,7 @@ def evaluate_plot(args, device):
     from matplotlib.figure import Figure
     runs, result = defaultdict(dict), defaultdict(dict)
     args.png = args.png or "curves.png"
-    check_place(args.png, "--png")
+    check_place(args.png, "--png")  # before the work
     for label, path in named_paths("--runs", args.runs, ("dvpo", "ppo"), "metrics.jsonl", args):
         path = path if path.endswith(".jsonl") else f"{path}/metrics.jsonl"
         runs[label][path] = read_metrics(path)
@@ -628,7 +627,7 @@ def evaluate_plot(args, device):
 
 
 def show_plot(result):
-    print_table(f"Curves, mean over the seeds of a label; drawn in {result['args']['png']}",
+    print_table(f"Curves, mean over the seeds of a label; drawn in {result['args']['png'] or 'curves.png'}",
                 ["metric", "label", "seeds", "steps", "first", "last", "highest"],
                 [[metric, label, *found.values()] for metric, labels in result["curves"].items()
                  for label, found in labels.items()], left=2)

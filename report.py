@@ -26,8 +26,7 @@ import numpy as np
 from plumbing.args import parse_args
 from plumbing.data import text_of
 from plumbing.errors import BadInput, one_line
-from plumbing.files import read_object
-from plumbing.saving import check_place, write_whole
+from plumbing.files import check_place, read_object, write_whole
 from evaluate import draw_band, limit_of, named_paths, read_metrics, split_words, token_spans
 from judge import read_answers, read_questions
 
@@ -152,8 +151,8 @@ def runs_section(args):
     for label, path in named_paths("--runs", args.runs, ("dvpo", "ppo"), "metrics.jsonl", args):
         folder = Path(path).parent if path.endswith(".jsonl") else Path(path)
         found = runs[label][path] = read_metrics(str(folder / "metrics.jsonl"))
-        flags = folder / "args.json"
-        flags = flags.exists() and read_object(flags, f"{flags}: not the flags of a run", "take it away") or {}
+        file = folder / "args.json"
+        flags = read_object(file, f"{file}: not the flags of a run", "take it away") if file.exists() else {}
         rows.append([escape(label), escape(path), max(max(steps) for steps in found.values()) + 1,
                      *(escape(flags.get(name, "-")) for name in ("lr", "seed")),
                      *(number(last_of(found, name)) for name in (args.reward, "objective/kl",

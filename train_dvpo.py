@@ -13,8 +13,8 @@ Why no critic: tau, K recent questions and answers of the policy, tells the one 
 Another reward: train the GVM on it (train_gvm.py --reward), or give values of your own with --value_fn.
 
 Departures from the paper:
-D1  The KL penalty is inside N, so that beta is in units of the GVM's reward. As N divides by sigma (logged as
-    advantages/std), KL weighs beta / sigma in the advantage.
+D1  The KL penalty is inside N: beta is in units of the values per nat, and weighs beta / sigma in A_t (sigma:
+    advantages/std). gae takes from A_t also lambda^l beta KL of the tokens behind t, q beta KL_t alone.
 D2  tau is drawn anew each step from the policy's previous rollouts: one draw for all rows and ranks.
 D3  --advantage gae is the default: on the same GVM it ended at a higher true reward than the paper's q in
     every seed, at no more KL (results/README.md, a).

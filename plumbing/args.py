@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from plumbing.errors import MADE_BY, BadInput, one_line
-from plumbing.saving import check_place
+from plumbing.files import check_place
 
 
 ROOT = Path(__file__).resolve().parent.parent

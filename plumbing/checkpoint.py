@@ -30,10 +30,9 @@ import torch.distributed as dist
 
 from plumbing.checks import fingerprint
 from plumbing.errors import KEPT, BadInput, one_line, writing
-from plumbing.files import read_object
+from plumbing.files import read_object, sync, write_whole
 from plumbing.log import due
 from plumbing.ranks import gather_rows, parents, print0
-from plumbing.saving import sync, write_whole
 
 
 MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank", "track"}  # they change no number

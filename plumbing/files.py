@@ -1,10 +1,12 @@
-"""From a source (file or hub id) to rows."""
+"""From a source (file or hub id) to rows. Small files, read with one sentence and written whole."""
 
+import errno
 import json
 import os
 import re
+from pathlib import Path
 
-from plumbing.errors import BadInput, made_by, one_line
+from plumbing.errors import BadInput, made_by, one_line, writing
 
 
 EXTENSIONS = (".json", ".jsonl", ".parquet")
@@ -147,6 +149,12 @@ def parse_json(raw, path, first_line):
         raise BadInput(f"{path}:{line}: not valid JSON ({one_line(error)}); {hint}") from None
 
 
+def wrong_type(where, name, value, wanted):
+    return BadInput(f"{where}: {name} must be {wanted}, not {type(value).__name__}; correct the row")
+
+
+# ---- small files ----
+
 def read_object(path, wrong, otherwise, part=lambda value: value):
     """The object in a small JSON file, or what part(object) makes of it. Where either fails, BadInput:
     what is wrong, the cause in brackets, what to do otherwise."""
@@ -161,5 +169,58 @@ def read_object(path, wrong, otherwise, part=lambda value: value):
         raise BadInput(f"{wrong} ({why}); {otherwise}.") from None
 
 
-def wrong_type(where, name, value, wanted):
-    return BadInput(f"{where}: {name} must be {wanted}, not {type(value).__name__}; correct the row")
+def places(path):
+    """(where a file lies, its name while it is written): behind a link; a pipe or a device is written as it
+    is."""
+    path = Path(path)
+    if path.parent == Path("/dev") or (path.exists() and not path.is_file()):
+        return path, path
+    path = Path(os.path.realpath(path))
+    return path, path.with_name(f".{path.name}.part")
+
+
+def check_place(path, flag):
+    """An unwritable place shows before the expensive work."""
+    target, part = places(path)
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        for place in (target, part) if part != target else ():
+            made = not place.exists()
+            open(place, "ab").close()
+            if made:  # a run that ends early leaves no empty file
+                place.unlink()
+    except OSError as e:
+        raise BadInput(f"{flag} {path}: cannot write there ({e.strerror}); name another file.") from None
+
+
+def write_whole(path, content, then="then run this again"):
+    """The file has its old content or all of the new, text or bytes, on the disk; BadInput where it has no
+    room. then: what to do when there is room"""
+    target, part = places(path)
+    with writing(path, then):
+        try:
+            with open(part, "wb") as f:
+                f.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+                f.flush()
+                if part != target:
+                    os.fsync(f.fileno())
+            if part != target:
+                os.replace(part, target)
+                sync(target.parent)
+        finally:
+            if part != target:
+                part.unlink(missing_ok=True)  # of a file that did not fit
+
+
+def sync(*paths):
+    """These files, or the names in these folders, are on the disk, not only in the system's memory."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        except OSError as e:
+            if e.errno != errno.EINVAL or not os.path.isdir(path):  # of a folder some networks' disks cannot
+                raise
+        finally:
+            os.close(file)

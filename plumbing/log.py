@@ -9,7 +9,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from plumbing.errors import KEPT, BadInput, writing
-from plumbing.saving import write_whole
+from plumbing.files import write_whole
 
 LINE_EVERY = 15.0  # seconds between two lines in a log file
 

@@ -1,6 +1,5 @@
-"""Writing a model that stock transformers and peft load, and small files: whole, or not at all."""
+"""Writing a model that stock transformers and peft load."""
 
-import errno
 import json
 import os
 import shutil
@@ -10,65 +9,9 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from plumbing.checks import pretrained
-from plumbing.errors import BadInput, writing
+from plumbing.errors import writing
+from plumbing.files import sync
 from plumbing.ranks import print0
-
-
-def places(path):
-    """(where a file lies, its name while it is written): behind a link; a pipe or a device is written as it
-    is."""
-    path = Path(path)
-    if path.parent == Path("/dev") or (path.exists() and not path.is_file()):
-        return path, path
-    path = Path(os.path.realpath(path))
-    return path, path.with_name(f".{path.name}.part")
-
-
-def check_place(path, flag):
-    """An unwritable place shows before the expensive work."""
-    target, part = places(path)
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        for place in (target, part) if part != target else ():
-            made = not place.exists()
-            open(place, "ab").close()
-            if made:  # a run that ends early leaves no empty file
-                place.unlink()
-    except OSError as e:
-        raise BadInput(f"{flag} {path}: cannot write there ({e.strerror}); name another file.") from None
-
-
-def write_whole(path, content, then="then run this again"):
-    """The file has its old content or all of the new, text or bytes, on the disk; BadInput where it has no
-    room. then: what to do when there is room"""
-    target, part = places(path)
-    with writing(path, then):
-        try:
-            with open(part, "wb") as f:
-                f.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
-                f.flush()
-                if part != target:
-                    os.fsync(f.fileno())
-            if part != target:
-                os.replace(part, target)
-                sync(target.parent)
-        finally:
-            if part != target:
-                part.unlink(missing_ok=True)  # of a file that did not fit
-
-
-def sync(*paths):
-    """These files, or the names in these folders, are on the disk, not only in the system's memory."""
-    for path in paths:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        except OSError as e:
-            if e.errno != errno.EINVAL or not os.path.isdir(path):  # of a folder some networks' disks cannot
-                raise
-        finally:
-            os.close(file)
 
 
 def replace_files(saving, out):
