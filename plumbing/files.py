@@ -198,19 +198,18 @@ def write_whole(path, content, then="then run this again"):
     """The file has its old content or all of the new, text or bytes, on the disk; BadInput where it has no
     room. then: what to do when there is room"""
     target, part = places(path)
+    content = content if isinstance(content, bytes) else content.encode("utf-8", "replace")
     with writing(path, then):
+        if part == target:
+            target.write_bytes(content)
+            return
         try:
-            with open(part, "wb") as f:
-                f.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
-                f.flush()
-                if part != target:
-                    os.fsync(f.fileno())
-            if part != target:
-                os.replace(part, target)
-                sync(target.parent)
+            part.write_bytes(content)
+            sync(part)
+            os.replace(part, target)
+            sync(target.parent)
         finally:
-            if part != target:
-                part.unlink(missing_ok=True)  # of a file that did not fit
+            part.unlink(missing_ok=True)  # where it did not fit
 
 
 def sync(*paths):

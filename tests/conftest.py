@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import socket
 import subprocess
 import sys
@@ -137,6 +138,16 @@ def fingerprint(model):
 
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def room():
+    """room(bytes): no file of this process may become larger, as on a disk that is full; room() lifts it. The
+    operating system then refuses what torch, safetensors and Python write. (With capsys: what is printed must
+    not go to a file.)"""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="session")

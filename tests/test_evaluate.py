@@ -342,6 +342,24 @@ def test_policy_command(world_dir):
     assert greedy["policies"]["a"]["kl"] is None
 
 
+@pytest.mark.parametrize("command, flag", [("policy", "--out"), ("policy", "--json"), ("values", "--html"),
+                                           ("gvm", "--json")])
+def test_a_full_disk_takes_nothing_of_what_was_found(command, flag, world_dir, room, tmp_path, capsys):
+    """The table, or the coloured text, is printed; of the file there is nothing, and no other is harmed."""
+    words = {"policy": ["--policies", f"a={world_dir / 'sft'}", "--response_length", 3, "--prompts", 4],
+             "values": [], "gvm": ["--pairs", 4]}[command]
+    words = [command, "--model", "none", *on(world_dir), *words, flag, tmp_path / "out"]
+    room(100)
+    try:
+        with pytest.raises(BadInput, match="out: could not be written .*make room there"):
+            evaluate.main([str(word) for word in words])
+    finally:
+        room()
+    assert not list(tmp_path.iterdir())
+    shown = capsys.readouterr().out
+    assert {"policy": "4 held-out prompts", "values": "value after each", "gvm": "Calibration"}[command] in shown
+
+
 def metrics_file(path, values, name="gvm/mean"):
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps({"step": i, name: v, "sometimes": v if i % 2 else None}) + "\n"
