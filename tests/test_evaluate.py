@@ -356,8 +356,8 @@ def test_a_full_disk_takes_nothing_of_what_was_found(command, flag, world_dir, r
     finally:
         room()
     assert not list(tmp_path.iterdir())
-    shown = capsys.readouterr().out
-    assert {"policy": "4 held-out prompts", "values": "value after each", "gvm": "Calibration"}[command] in shown
+    found = {"policy": "4 held-out prompts", "values": "value after each token", "gvm": "Calibration"}[command]
+    assert found in capsys.readouterr().out
 
 
 def metrics_file(path, values, name="gvm/mean"):

@@ -399,7 +399,7 @@ def test_a_damaged_mark_of_the_end(content, flags, chain, baseline, tmp_path):
         path.symlink_to(tmp_path / "gone")
     else:
         path.write_bytes(content or b"{}")
-    with pytest.raises(BadInput, match="finished.json: cannot be read .*delete it|written by another run") as end:
+    with pytest.raises(BadInput, match="finished.json: cannot be read .*delete it|by another run") as end:
         run_stage(sft, **flags_of("sft", flags, chain, baseline, max_steps=1), output_dir=tmp_path,
                   resume=True)
     assert "\n" not in str(end.value) and not (tmp_path / "args.json").exists()
@@ -504,22 +504,19 @@ def test_a_full_disk_leaves_no_half_of_a_small_file(name, method, flags, chain, 
     run = {**flags_of("sft", flags, chain, baseline, max_steps=3), "output_dir": tmp_path}
     if name == "args.json":
         run_stage(sft, **run)
-    before, original = contents_of(tmp_path / name), getattr(checkpoint.Checkpoints, method)
+    content = lambda: (tmp_path / name).exists() and (tmp_path / name).read_bytes()
+    before, original = content(), getattr(checkpoint.Checkpoints, method)
 
     def full(self, *args):
         room(100)
         return original(self, *args)
-    with monkeypatch.context() as patch, pytest.raises(BadInput, match="could not be written .*--resume True"):
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="not be written .*--resume True"):
         patch.setattr(checkpoint.Checkpoints, method, full)
         run_stage(sft, **{**run, "keep": 7})  # another args.json
     room()
-    assert contents_of(tmp_path / name) == before
+    assert content() == before
     run_stage(sft, **run, resume=True)
     assert len(numbers(tmp_path)) == 3 and json.loads((tmp_path / name).read_text())
-
-
-def contents_of(path):
-    return path.read_bytes() if path.exists() else None
 
 
 @pytest.mark.parametrize("name", ["sft", "gvm"])
@@ -618,8 +615,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(name, flags, chain, 
     assert weights(tmp_path / "bad") == weights(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("name, function", [("dvpo", "policy_loss"), ("ppo", "policy_loss"),
-                                            ("remax", "reinforce_loss")])
+@pytest.mark.parametrize("name, function", [
+    ("dvpo", "policy_loss"), pytest.param("ppo", "policy_loss", marks=pytest.mark.slow),
+    pytest.param("remax", "reinforce_loss", marks=pytest.mark.slow)])
 def test_a_later_optimizer_batch_that_is_not_finite(name, function, flags, chain, baseline, tmp_path,
                                                     monkeypatch):
     """The earlier ones of the step have moved the weights: the sentence does not say otherwise. Nothing of
