@@ -356,7 +356,7 @@ def test_a_full_disk_takes_nothing_of_what_was_found(command, flag, world_dir, r
     finally:
         room()
     assert not list(tmp_path.iterdir())
-    found = {"policy": "4 held-out prompts", "values": "value after each token", "gvm": "Calibration"}[command]
+    found = {"policy": "4 held-out prompts", "values": "value after each", "gvm": "Calibration"}[command]
     assert found in capsys.readouterr().out
 
 
