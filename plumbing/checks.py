@@ -22,8 +22,8 @@ def pretrained(cls, path, flag="--model", **kwargs):
     pickle is read: weights are safetensors."""
     if cls not in (AutoConfig, AutoTokenizer):
         kwargs["use_safetensors"] = True
-    check_links(path, flag)
     with loading(path, flag):
+        check_links(path, flag)
         return cls.from_pretrained(path, trust_remote_code=False, **kwargs)
 
 
