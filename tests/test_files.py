@@ -4,7 +4,6 @@ reads break nothing, and an answer without a score is no zero."""
 import datetime
 import decimal
 import json
-import os
 import runpy
 import shutil
 import sys
@@ -29,6 +28,7 @@ from plumbing import rows
 from plumbing.checks import fingerprint, gvm_settings, pretrained, reward_scale
 from plumbing.data import read_data, split_of
 from plumbing.errors import BadInput
+from plumbing.files import write_whole
 from plumbing.folders import base_of
 from plumbing.log import keep_steps
 from test_data import SHAPE_CASES, feedback, quiet
@@ -365,9 +365,7 @@ def test_other_writers_on_a_full_disk(room, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
 
-def test_what_is_not_utf8_in_a_flag_is_written_all_the_same(tmp_path):
-    """A folder's name is bytes: half a character of it must not lose the results."""
-    name = os.fsdecode(bytes(tmp_path) + b"/\xff.json")
-    evaluate.main(["plot", "--runs", runs(tmp_path / "run"), "--metrics", "gvm/mean", "--png", "/dev/null",
-                   "--json", name])
-    assert json.loads(Path(name).read_bytes())["curves"]
+def test_half_a_surrogate_pair_does_not_lose_the_results(tmp_path):
+    """No UTF-8 has it; JSON and what a model says may."""
+    write_whole(tmp_path / "x", "a \ud83d b \u00e9")
+    assert (tmp_path / "x").read_bytes() == "a ? b \u00e9".encode()
