@@ -27,7 +27,6 @@ from plumbing import rows
 from plumbing.checks import fingerprint, gvm_settings, pretrained, reward_scale
 from plumbing.data import read_data, split_of
 from plumbing.errors import BadInput
-from plumbing.files import write_whole
 from plumbing.folders import base_of
 from plumbing.log import keep_steps
 from test_data import SHAPE_CASES, feedback, quiet
@@ -367,5 +366,6 @@ def test_other_writers_on_a_full_disk(room, tmp_path, monkeypatch, capsys):
 
 def test_half_a_surrogate_pair_does_not_lose_the_results(tmp_path):
     """No UTF-8 has it; JSON and what a model says may."""
+    from plumbing.files import write_whole
     write_whole(tmp_path / "x", "a \ud83d b \u00e9")
     assert (tmp_path / "x").read_bytes() == "a ? b \u00e9".encode()
