@@ -69,8 +69,8 @@ def load_weights(cls, path, flag, new_head=False, **kwargs):
 
 @torch.no_grad()
 def check_reading(model, path, flag):
-    """Refuse a model that is not causal (an encoder), or that left padding changes: what is read of a row
-    would depend on what stands behind a token, or on the rows beside it."""
+    """Refuse a model that says NaN, that is not causal (an encoder), or that left padding changes: what is
+    read of a row would depend on what stands behind a token, or on the rows beside it."""
     ids = [i % model.config.get_text_config().vocab_size for i in range(3, 11)]
     with loading(path, flag):
         whole, padded, changed = (
@@ -79,6 +79,9 @@ def check_reading(model, path, flag):
                              use_cache=False).last_hidden_state[0, -len(ids):].float()
             for row, seen in ((ids, [1] * 8), ([0] * 5 + ids, [0] * 5 + [1] * 8),
                               (ids[:-1] + ids[:1], [1] * 8)))
+    if not whole.isfinite().all():
+        raise BadInput(f"{flag} {path}: the model does not say finite numbers: its weights, or some of them, "
+                       f"are NaN or far too large; name another one.")
     limit = whole.std() * (1e-2 if model.dtype == torch.float32 else 0.3)
     if (whole - changed)[:-1].abs().max() > limit:
         raise BadInput(f"{flag} {path}: not a causal model ({model.config.model_type}): what it says of a "
@@ -173,7 +176,8 @@ def check_base(folder, flag):
     for file in ("gvm.json", "rm.json"):
         try:
             settings = json.loads((Path(folder) / file).read_text())
-            base, recorded = settings["base_model"], settings.get("base_fingerprint")
+            base = settings["base_model"] if file == "gvm.json" else base_of(folder)  # as they are loaded
+            recorded = settings.get("base_fingerprint")
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # it is not there, or its reader says what is wrong with it
         if recorded is None:

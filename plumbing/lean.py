@@ -19,7 +19,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 from common import collate, disable_dropout, load_policy, lora_config, train_only
 from plumbing.checks import reward_scale
 from plumbing.deepspeed_config import adamw, dtype_of
-from plumbing.errors import one_line
+from plumbing.errors import BadInput, one_line
 from plumbing.ranks import all_sum, gather_rows, print0
 from plumbing.rl import load_reward
 
@@ -66,12 +66,25 @@ def response_logprobs(lm, states, actions, mask, temperature, chunks, **inputs):
     return in_rows(logp), in_rows(entropy)
 
 
+@torch.no_grad()
+def check_logprobs(lm):
+    """Refuse a causal LM that does to its logits what response_logprobs does not know of."""
+    ids = torch.arange(3, 11, device=lm.device)[None] % lm.config.get_text_config().vocab_size
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    wanted = torch.log_softmax(lm(**inputs).logits[:, :-1].float(), -1).gather(-1, ids[:, 1:, None])[..., 0]
+    got, _ = response_logprobs(lm, slice(0, -1), ids[:, 1:], torch.ones_like(wanted).bool(), 1.0, 1, **inputs)
+    if (got - wanted).abs().max() > (1e-3 if lm.dtype == torch.float32 else 0.5):
+        raise BadInput(f"{lm.config.name_or_path}: its log-probs are not those of its output layer on its "
+                       f"last hidden states ({lm.config.model_type}): name a model of another family.")
+
+
 class LogProbs(torch.nn.Module):
     """A causal LM that answers with the log-probs of response tokens, see response_logprobs; asked without
     `states` it answers with logits, as it always did: functions of your own (--truth_fn) may want them."""
 
     def __init__(self, lm):
         super().__init__()
+        check_logprobs(lm)
         self.lm, self.config = lm, lm.config
 
     def forward(self, **inputs):
@@ -102,6 +115,8 @@ class OneBase(torch.nn.Module):
         super().__init__()
         from peft import PeftModel, get_peft_model
         from peft.tuners.lora import LoraLayer
+        if gvm is None:
+            check_logprobs(lm)
         self.adapters, self.heads = lm, torch.nn.ModuleDict()
         if gvm is not None:
             self.adapters, self.lm_head = gvm, lm.get_output_embeddings()

@@ -94,10 +94,10 @@ def test_logprobs_in_chunks_are_the_plain_ones_with_their_gradients(name, chunks
 def test_no_tensor_of_all_logits_is_made(models_folder):
     """The head sees answer tokens only, a chunk at a time, in both directions."""
     model = load_policy(models_folder / "llama", load_tokenizer(models_folder / "llama"), torch.float32)
-    seen = []
+    asked, seen = LogProbs(model), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     batch = batch_of()
-    logp, _ = asked_for_logprobs(LogProbs(model), batch, temperature=1.0, chunks=4)()
+    logp, _ = asked_for_logprobs(asked, batch, temperature=1.0, chunks=4)()
     logp.sum().backward()
     assert [shape[0] for shape in seen[:4]] == [4, 3, 3, 3] and len(seen) == 8  # 13 tokens, there and back
     assert sum(shape[0] for shape in seen[:4]) == batch.mask.sum()
