@@ -135,7 +135,7 @@ def disable_dropout(model):
     for module in model.modules():
         of_config = getattr(module, "config", None)
         for place in (module, of_config) if isinstance(of_config, PretrainedConfig) else (module,):
-            kind = "p" if isinstance(place, torch.nn.modules.dropout._DropoutNd) else ".*(drop|jitter)"
+            kind = "p$" if isinstance(place, torch.nn.modules.dropout._DropoutNd) else ".*(drop|jitter)"
             for name, value in list(vars(place).items()):
                 if isinstance(value, float) and value and re.match(kind, name):
                     kept += [(place, name, value)] if place is of_config else []

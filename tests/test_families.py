@@ -1,6 +1,8 @@
 """Families of decoders, with tiny random weights: what is true of the Llama is true of the others. A handful
 runs with every test, the rest where the slow ones do."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -9,10 +11,12 @@ import sft
 import train_dvpo
 import train_gvm
 import train_rm
-from common import chat_ids, collate, generate, load_policy, load_tokenizer, load_value_base, value_head
+from common import (chat_ids, collate, generate, load_gvm, load_policy, load_tokenizer, load_value_base,
+                    value_head)
 from conftest import CONTEXT, run_of, run_stage, word_tokenizer, WORDS
+from plumbing import lean
 from plumbing.errors import BadInput
-from plumbing.lean import LogProbs
+from plumbing.lean import LogProbs, OneBase, SharedPrefix
 
 CPU = torch.device("cpu")
 PROMPTS = [[0, 3, 6, 9], [0, 20], [0, 3, 6, 9, 15, 7]]
@@ -138,6 +142,35 @@ def test_values_of_every_family(family, saved, models_folder, capsys):
 CANNOT_SHARE = {"mpt", "falcon", "qwen3_next", "minimax",  # slots that are counted, a state in the cache
                 "mistral", "gemma2", "gpt_neo", "gpt_oss", "ministral", "ministral3", "mixtral", "phi3",
                 "starcoder2", "exaone4", "qwen2 window"}  # a window that is shorter than the rows
+
+
+@torch.no_grad()
+def test_no_prefix_is_shared_without_a_use_or_under_sliding_windows(chain, capsys):
+    """Each prompt stays whole then, of a plain model and of a role on one base. What is shared ends before
+    the last token of the shortest prompt. A window counts once rows may be longer than it."""
+    base = load_policy(chain.sft, load_tokenizer(chain.sft), torch.float32)
+    prompts = [[0, 3, 6], [0, 3, 6, 9]]
+    config = config_of("mistral")
+    config.sliding_window = 48
+    windowed = random_weights(AutoModelForCausalLM.from_config(config)).eval()
+    for plain in (base, windowed):
+        for model in (plain, partial(OneBase(plain), role="reference")):
+            assert SharedPrefix(model, prompts, True, CPU).rest == [[6], [6, 9]]
+            assert SharedPrefix(model, prompts, False, CPU).rest == prompts
+    assert not capsys.readouterr().out
+    for model in (windowed, partial(OneBase(windowed), role="reference")):
+        assert SharedPrefix(model, prompts, True, CPU, [[3] * 60]).rest == prompts
+        assert SharedPrefix(model, prompts, True, CPU).rest == prompts  # it was found out
+    assert SharedPrefix(base, prompts, True, CPU, [[3] * 60]).rest == [[6], [6, 9]]
+    assert capsys.readouterr().out.count("mistral cannot share it") == 2
+
+
+@torch.no_grad()
+def test_a_class_that_swallows_the_cache_reads_prompts_whole(chain, monkeypatch):
+    """Where the library gives the argument another name, a model with **kwargs would pass over tau."""
+    gvm, prompts = load_gvm(chain.gvm, torch.float32)[0].eval(), [[0, 3, 6, 9, 15], [0, 3, 6, 9, 15, 7]]
+    monkeypatch.setattr(lean, "CACHE", "keys_and_values")
+    assert SharedPrefix(gvm, prompts, True, CPU).rest == prompts
 
 
 @torch.no_grad()

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import (AutoModelForCausalLM, CohereConfig, CohereForCausalLM, Gemma2Config,
-                          Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, MistralConfig,
-                          MistralForCausalLM)
+                          Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM)
 
 import sft
 import train_dvpo
@@ -22,7 +21,7 @@ from common import (chat_ids, collate, freeze, generate, GumbelNoise, load_gvm, 
 from conftest import metrics, recorded, run_of, run_stage
 from plumbing import lean
 from plumbing.checks import reward_scale
-from plumbing.lean import can_share_prefix, LogProbs, OneBase, SharedPrefix
+from plumbing.lean import can_share_prefix, LogProbs, OneBase
 
 CPU, EOS = torch.device("cpu"), 1
 PROMPTS = [[0, 3, 6, 9], [0, 20], [0, 3, 6, 9, 15, 7], [0, 4]]
@@ -317,33 +316,6 @@ def test_values_do_not_depend_on_reading_tau_once(systems, chain, monkeypatch):
             alone = gvm(**inputs_of(batch_of([prompt], [row["response_ids"]]))).logits[0, len(prompt) - 1:, 0]
         assert values[:1 + T].tolist() == pytest.approx(alone.tolist(), abs=1e-5)
         assert not values[1 + T:].any()
-
-
-@torch.no_grad()
-def test_no_prefix_is_shared_without_a_use_or_under_sliding_windows(chain, capsys):
-    """Each prompt stays whole then, of a plain model and of a role on one base. What is shared ends before
-    the last token of the shortest prompt. A window counts once rows may be longer than it."""
-    base = load_policy(chain.sft, load_tokenizer(chain.sft), torch.float32)
-    prompts = [[0, 3, 6], [0, 3, 6, 9]]
-    windowed = tiny(MistralConfig, MistralForCausalLM, sliding_window=48).eval()
-    for plain in (base, windowed):
-        for model in (plain, partial(OneBase(plain), role="reference")):
-            assert SharedPrefix(model, prompts, True, CPU).rest == [[6], [6, 9]]
-            assert SharedPrefix(model, prompts, False, CPU).rest == prompts
-    assert not capsys.readouterr().out
-    for model in (windowed, partial(OneBase(windowed), role="reference")):
-        assert SharedPrefix(model, prompts, True, CPU, [[3] * 60]).rest == prompts
-        assert SharedPrefix(model, prompts, True, CPU).rest == prompts  # it was found out
-    assert SharedPrefix(base, prompts, True, CPU, [[3] * 60]).rest == [[6], [6, 9]]
-    assert capsys.readouterr().out.count("mistral cannot share it") == 2
-
-
-@torch.no_grad()
-def test_a_class_that_swallows_the_cache_reads_prompts_whole(chain, monkeypatch):
-    """Where the library gives the argument another name, a model with **kwargs would pass over tau."""
-    gvm, prompts = load_gvm(chain.gvm, torch.float32)[0].eval(), [[0, 3, 6, 9, 15], [0, 3, 6, 9, 15, 7]]
-    monkeypatch.setattr(lean, "CACHE", "keys_and_values")
-    assert SharedPrefix(gvm, prompts, True, CPU).rest == prompts
 
 
 # ---- sampling ----
