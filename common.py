@@ -10,15 +10,17 @@ V vocabulary. Tokens of a response are counted from t = 1, as in the paper:
     Q_t = Q(tau, s_t, a_t), read in a_t's column    Q_0 = V(s_1), read in column P - 1, the prompt's last
 """
 
+import re
 from collections import namedtuple
 
 import numpy as np
 import torch
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, LogitsProcessor,
-                          LogitsProcessorList)
+                          LogitsProcessorList, PretrainedConfig)
 
-from plumbing.checks import (check_head, gvm_settings, load_weights, pretrained, rendered_end, reward_scale)
+from plumbing.checks import (check_model, gvm_settings, load_adapter, load_weights, pretrained, rendered_end,
+                             reward_scale)
 from plumbing.deepspeed_config import zero_stage
 from plumbing.errors import BadInput, loading
 from plumbing.folders import base_of
@@ -101,11 +103,9 @@ def value_head(model):
 def load_gvm(folder, dtype, flag="--value_model", lm=None):
     """Global value model written by train_gvm.py: base + adapter + head, and its settings.
     lm: as in load_value_base."""
-    from peft import PeftModel
     settings = gvm_settings(folder, flag)
     base = load_value_base(settings["base_model"], dtype, f"base model of {flag} {folder}:", lm)
-    with loading(folder, flag):
-        return disable_dropout(PeftModel.from_pretrained(base, folder)), settings
+    return disable_dropout(load_adapter(base, folder, flag)), settings
 
 
 def load_reward_model(folder, dtype, flag="--reward_model"):
@@ -116,32 +116,30 @@ def load_reward_model(folder, dtype, flag="--reward_model"):
     A model without a trained head is refused: transformers would put a random one on it.
     """
     tokenizer = load_tokenizer(folder, flag)
-    if base_of(folder) != folder:
-        from peft import AutoPeftModelForSequenceClassification
-        check_head(folder, flag)
-        model = pretrained(AutoPeftModelForSequenceClassification, folder, flag, num_labels=1, dtype=dtype)
-    else:
-        model, info = pretrained(AutoModelForSequenceClassification, folder, flag, num_labels=1, dtype=dtype,
-                                 output_loading_info=True)
-        if info["missing_keys"]:
-            raise BadInput(f"{flag} {folder}: not a reward model, it has no trained one-label head; train "
-                           f"one with train_rm.py or name another.")
+    check_model(folder, tokenizer, flag, head=True)
+    base = base_of(folder)
+    model = load_weights(AutoModelForSequenceClassification, base,
+                         flag if base == folder else f"base model of {flag} {folder}:",
+                         new_head=base != folder, num_labels=1, dtype=dtype)
+    if base != folder:
+        model = load_adapter(model, folder, flag)
     # No id equals -1, so that transformers takes the last position for the last token (see last_token_scores)
     model.config.pad_token_id = -1
     return disable_dropout(model).eval(), tokenizer, *reward_scale(folder, flag)
 
 
 def disable_dropout(model):
-    """Dropout off, in train mode too: with it on, ratio 1 and KL 0 at the first step would be false."""
+    """All that is random in train mode off: with it, ratio 1 and KL 0 at the first step would be false. What
+    the config said is kept for the model's export (plumbing/saving.py)."""
+    kept = model.dropout_of_config = getattr(model, "dropout_of_config", [])
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
-        if hasattr(model.config, name):
-            setattr(model.config, name, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        of_config = getattr(module, "config", None)
+        for place in (module, of_config) if isinstance(of_config, PretrainedConfig) else (module,):
+            kind = "p$" if isinstance(place, torch.nn.modules.dropout._DropoutNd) else ".*(drop|jitter)"
+            for name, value in list(vars(place).items()):
+                if isinstance(value, float) and value and re.match(kind, name):
+                    kept += [(place, name, value)] if place is of_config else []
+                    setattr(place, name, 0.0)
     return model
 
 
@@ -320,6 +318,16 @@ class GumbelNoise(LogitsProcessor):
         return scores.float() / self.temperature - noise.log()
 
 
+class FiniteScores(LogitsProcessor):
+    """Notes whether a logit was NaN or infinite: argmax takes a token all the same. -inf forbids one."""
+
+    wrong = False
+
+    def __call__(self, input_ids, scores):
+        self.wrong = self.wrong | ~(scores < float("inf")).all()
+        return scores
+
+
 @torch.no_grad()
 def generate(engine, prompts, seeds, max_new_tokens, temperature, tokenizer, device, static_cache=False,
              batch=64):
@@ -331,7 +339,7 @@ def generate(engine, prompts, seeds, max_new_tokens, temperature, tokenizer, dev
     returns  B lists of sampled ids, cut behind the first EOS; an answer without EOS was truncated at
              max_new_tokens
     """
-    answers = []
+    answers, finite = [], FiniteScores()
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
                               cache_implementation="static" if static_cache else None,
                               eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
@@ -343,11 +351,14 @@ def generate(engine, prompts, seeds, max_new_tokens, temperature, tokenizer, dev
                            device, 64 if static_cache else 1)
             noise = [GumbelNoise(seeds[i:i + batch], temperature, device)] if temperature > 0 else []
             out = model.generate(rows.ids, attention_mask=rows.attention, generation_config=config,
-                                 logits_processor=LogitsProcessorList(noise))
+                                 logits_processor=LogitsProcessorList([finite, *noise]))
             for row in out[:, rows.P:].tolist():
                 end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
                 answers.append(row[:end])
         model.train(was_training)
+    if finite.wrong:
+        raise BadInput(f"{model.config.name_or_path}: the model does not say finite numbers: its weights, or "
+                       f"some of them, are NaN or far too large; name another one, or lower --lr.")
     return answers
 
 

@@ -43,7 +43,7 @@ from tqdm import tqdm  # comes with transformers
 from common import (answer_ids, chat_ids, collate, cut_pair, generate, keyed_rng, load_gvm, load_policy,
                     load_reward_model, load_tokenizer, reward_scores)
 from plumbing.args import command_args, load_plug
-from plumbing.checks import check_model, gvm_settings, tokenizer_fingerprint
+from plumbing.checks import check_model, finite, gvm_settings, tokenizer_fingerprint, weights_fingerprint
 from plumbing.data import has_policy_names, preference_pair, prompt_text, read_data, split_of
 from plumbing.errors import BadInput
 from plumbing.files import check_place, read_rows, write_whole
@@ -125,6 +125,7 @@ def open_gvm(args, device):
         raise BadInput(f"--split_seed {args.split_seed}: what it holds out was not held out from {folder}, "
                        f"trained under {settings['split_seed']}; give that one.")
     tokenizer = load_tokenizer(folder, "--value_model")
+    check_model(settings["base_model"], tokenizer, f"base model of --value_model {folder}:")
     tokenizer.chat_template = settings["chat_template"]
     model, _ = load_gvm(folder, getattr(torch, args.dtype))
     return Gvm(model.to(device).eval(), tokenizer, settings, device, args.micro_batch)
@@ -141,7 +142,7 @@ def token_values(gvm, jobs):
         out = gvm.model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions)
         q = out.logits[:, batch.P - 1:, 0].double().cpu().numpy()  # [B, 1 + R]
         found += [row[:1 + len(response)] for row, (_, response) in zip(q, part)]
-    return found
+    return finite(found, f"--value_model {gvm.settings['folder']}", "values")
 
 
 def under_tau(gvm, pool, policy, rows, rng):
@@ -244,6 +245,9 @@ def calibrate(gvm, rows, pairs, pool, args):
         rows = some(rows, 2 * args.pairs, args.seed)
         scores = [row["score"] for row in rows]
         if reward["kind"] == "model":
+            if reward.get("fingerprint") not in (None, weights_fingerprint(reward["reward_model"])):
+                raise BadInput(f"{reward['reward_model']}: this reward model has other weights than when the "
+                               f"GVM was trained on its scores; train the GVM again.")
             scores = model_scores(reward["reward_model"], rows, args, gvm.device)
         actual = [(score - reward["center"]) / reward["scale"] for score in scores]
     values, _ = values_under_own_tau(gvm, rows, pool, args.seed)
@@ -253,7 +257,8 @@ def calibrate(gvm, rows, pairs, pool, args):
 def model_scores(reward_model, rows, args, device):
     model, tokenizer, _, _ = load_reward_model(reward_model, getattr(torch, args.dtype))
     chats = [(row["prompt"], row["response"]) for row in rows]
-    return reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch)
+    scores = reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch)
+    return finite(scores, f"--reward_model {reward_model}", "scores")
 
 
 def compare_with_reference(gvm, rows, pool, reference, args):

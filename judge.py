@@ -45,7 +45,7 @@ from tqdm import tqdm  # comes with transformers
 from common import (answer_ids, chat_ids, generate, keyed_rng, load_gvm, load_policy, load_reward_model,
                     load_tokenizer, reward_scores)
 from plumbing.args import command_args
-from plumbing.checks import check_model, fingerprint, gvm_settings
+from plumbing.checks import check_model, fingerprint, finite, gvm_settings
 from plumbing.data import preference_pair, prompt_text, read_data
 from plumbing.errors import BadInput, one_line
 from plumbing.files import read_rows
@@ -740,10 +740,12 @@ def rank_pairs(args, device):
     scores = {}
     if args.reward_model:
         model, tokenizer, _, _ = load_reward_model(args.reward_model, getattr(torch, args.dtype))
-        scores["reward model"] = reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch)
+        found = reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch)
+        scores["reward model"] = finite(found, f"--reward_model {args.reward_model}", "scores")
         del model
     if args.value_model:
         tokenizer = load_tokenizer(args.value_model, "--value_model")
+        check_model(settings["base_model"], tokenizer, f"base model of --value_model {args.value_model}:")
         tokenizer.chat_template = settings["chat_template"]
         jobs = [(chat_ids(tokenizer, prompt), answer_ids(tokenizer, text)) for prompt, text in chats]
         longest = max(len(prompt) + len(answer) for prompt, answer in jobs)

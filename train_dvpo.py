@@ -218,7 +218,7 @@ def gvm_values(gvm, rows, tau, run):
     """Q_0 .. Q_R of each row by the frozen GVM, [B, 1 + R] float32, 0 behind an answer's end. tau stands in
     front of every prompt; it is the same for all rows, so that it is read once, and P does not count it."""
     prompts = [chat_ids(run.tokenizer, row["prompt"], tau) for row in rows]
-    model = SharedPrefix(gvm, prompts, len(tau) > 0, run.device)
+    model = SharedPrefix(gvm, prompts, len(tau) > 0, run.device, [row["response_ids"] for row in rows])
     batch = collate(model.rest, [row["response_ids"] for row in rows], run.tokenizer.pad_token_id, run.device)
     values = torch.zeros(len(rows), 1 + batch.mask.shape[1], device=run.device)
     for micro, part in micro_batches(batch, range(len(rows)), run.args.micro_batch):
@@ -391,7 +391,7 @@ def main(args):
 
         # 5. log and steer beta
         if step == 0:
-            self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer)
+            self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer, dtype_of(config))
         metrics.update(update_stats, lr=args.lr, episode=(step + 1) * global_batch,
                        **clock.row(global_batch), **{"memory/peak_gb": peak_memory_gb(device)})
         beta = next_kl_coef(beta, metrics["objective/kl"], args.kl_target, args.kl_horizon, global_batch)

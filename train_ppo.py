@@ -402,7 +402,7 @@ def main(args):
         # 5. log and steer beta
         moves = step >= args.critic_warmup
         if step == 0:
-            self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer)
+            self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer, dtype_of(config))
         metrics.update(update_stats, lr=args.lr * moves, episode=(step + 1) * global_batch,
                        **clock.row(global_batch), **{"memory/peak_gb": peak_memory_gb(device)})
         if moves:

@@ -2,9 +2,12 @@
 
 import math
 
+from transformers import AutoModelForTokenClassification
+
 from common import load_tokenizer
 from plumbing.args import load_plug
-from plumbing.checks import check_model, gvm_settings, rendered_end, reward_scale, tokenizer_fingerprint
+from plumbing.checks import (check_class, check_model, gvm_settings, rendered_end, reward_scale,
+                             tokenizer_fingerprint)
 from plumbing.deepspeed_config import ds_config
 from plumbing.errors import BadInput
 from plumbing.folders import base_of, model_place, stage_folder
@@ -13,9 +16,10 @@ from plumbing.ranks import print0
 
 # ---- stages that train on given answers --------------------------------------------------------------------
 
-def stage_inputs(args, world, base=None):
+def stage_inputs(args, world, base=None, head=None):
     """(model folder, its tokenizer, DeepSpeed config, context [tokens]) of a stage that trains on given
-    answers. base: (folder or id, its flag) in place of the SFT model"""
+    answers. base: (folder or id, its flag) in place of the SFT model;  head: the class whose head is put on
+    it, see check_class"""
     split_batch(args.batch_size, args.micro_batch, world)
     if base is None:
         base = stage_folder(args.model, "sft", args.sft_model, "--sft_model",
@@ -23,6 +27,7 @@ def stage_inputs(args, world, base=None):
     config = ds_config(args.ds_config, args.micro_batch, args.max_grad_norm)
     tokenizer = load_tokenizer(*base)
     context = check_model(base[0], tokenizer, base[1], args.max_length, f"--max_length {args.max_length}")
+    check_class(head, *base)
     return base[0], tokenizer, config, context
 
 
@@ -39,7 +44,7 @@ def gvm_stage_inputs(args, world):
     if args.reward_model:
         check_model(args.reward_model, load_tokenizer(args.reward_model, "--reward_model"), "--reward_model",
                     args.max_length, f"--max_length {args.max_length}", head=True)
-    return stage_inputs(args, world)
+    return stage_inputs(args, world, head=AutoModelForTokenClassification)
 
 
 def split_batch(batch_size, micro_batch, world):
@@ -140,6 +145,7 @@ def critic_inputs(args, sft, rm, tokenizer):
     flag = "--critic_model" if args.critic_model else "--reward_model"
     its_tokenizer = load_tokenizer(folder, flag)
     check_model(folder, its_tokenizer, flag, *room(args), head=True)
+    check_class(AutoModelForTokenClassification, base_of(folder), flag)
     if tokenizer_fingerprint(its_tokenizer) != tokenizer_fingerprint(tokenizer):
         raise BadInput(f"--critic_model {folder}: another vocabulary than the policy's; name a model of the "
                        f"policy's family, for example the SFT model.")

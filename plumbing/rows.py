@@ -6,9 +6,11 @@ import numpy as np
 import torch.distributed as dist
 
 from common import answer_ids, chat_ids, load_reward_model, reward_scores
+from plumbing.checks import weights_fingerprint
 from plumbing.data import (all_pairs, has_policy_names, preference_pair, prompt_text, read_data, report_drops,
                            split_of)
 from plumbing.errors import BadInput
+from plumbing.folders import model_place
 from plumbing.ranks import gather_rows, print0
 
 
@@ -116,7 +118,8 @@ def reward_map(train, args, dtype, device):
     center, scale = float(scores.mean()), float(2 * scores.std() + 1e-8)
     for row, score in zip(train, scores):
         row["reward"] = float((score - center) / scale)
-    return {"kind": "model", "reward_model": args.reward_model, "center": center, "scale": scale}
+    return {"kind": "model", "reward_model": model_place(args.reward_model), "center": center, "scale": scale,
+            "fingerprint": weights_fingerprint(args.reward_model)}
 
 
 def rl_prompts(tokenizer, args, world):

@@ -60,7 +60,11 @@ def save_model(engine, tokenizer, out, base=None, extra=None):
                 for adapter in module.peft_config.values():  # a relative path would fail from another folder
                     if Path(adapter.base_model_name_or_path or "").exists():
                         adapter.base_model_name_or_path = str(Path(adapter.base_model_name_or_path).resolve())
+            for config, name, value in (dropout := getattr(module, "dropout_of_config", [])):
+                setattr(config, name, value)  # off in the run, see common.disable_dropout
             module.save_pretrained(saving, state_dict=state)
+            for config, name, _ in dropout:
+                setattr(config, name, 0.0)
             tokenizer.save_pretrained(saving)
             for name, content in (extra or {}).items():
                 (saving / name).write_text(json.dumps(content, indent=1))
