@@ -31,6 +31,7 @@ from plumbing.checks import fingerprint
 from plumbing.errors import BadInput, one_line, writing
 from plumbing.log import due
 from plumbing.ranks import gather_rows, parents, print0
+from plumbing.texts import run_date
 
 
 MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank", "track"}  # they change no number
@@ -123,7 +124,7 @@ class Checkpoints:
                 if not self.args.resume:  # left by a run that was killed when it had finished
                     shutil.rmtree(self.folder, ignore_errors=True)
                 self.finished.unlink(missing_ok=True)
-                flags = json.dumps(dataclasses.asdict(self.args), indent=1)
+                flags = json.dumps({**dataclasses.asdict(self.args), "date": run_date()}, indent=1)
                 (self.folder.parent / "args.json").write_text(flags)
         if self.found is None:
             return 0, {}

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from plumbing.errors import BadInput, one_line
+from plumbing.texts import start_date
 
 LOCKS = {}  # place of a lock file -> the lock; it goes with the process, however that ends
 
@@ -19,6 +20,7 @@ def output_folder(args):
     stage = Path(inspect.getfile(type(args))).stem.removeprefix("train_")
     out = Path(args.output_dir or Path("runs") / Path(args.model).name / stage)
     take_lock(out / ".lock", f"--output_dir {out}")
+    start_date(out, args.resume)
     return out
 
 
