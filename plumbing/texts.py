@@ -54,7 +54,7 @@ def date_of(settings):
 
 def dated(template, date):
     """The template with its strftime_now, a function of the clock, replaced by a macro of one date."""
-    when, formats = datetime.fromisoformat(date), [*"aAbBcdfHIjmMpSUwWxXyYZ", "-d", "-m", "-H", "-I", "-j"]
+    when, formats = datetime.fromisoformat(date), [*"aAbBcdfHIjmMpSUwWxXyYZ", *"-d -m -H -I -j %".split()]
     swaps = "".join(f"|replace({'%' + f!r},{when.strftime('%' + f)!r})" for f in formats)
     return "{%- macro strftime_now(format) -%}{{ format" + swaps + " }}{%- endmacro -%}" + template
 
@@ -131,8 +131,9 @@ def control_tokens(tokenizer):
 def special_tokens(tokenizer):
     """Without the one for unknown words, where it has no other use."""
     unknown = {tokenizer.unk_token} - {tokenizer.eos_token, tokenizer.bos_token}
+    named = set(tokenizer.all_special_tokens)
     return {i: token.content for i, token in tokenizer.added_tokens_decoder.items()
-            if token.special and token.content not in unknown}
+            if (token.special or token.content in named) and token.content not in unknown}
 
 
 # ---- the ends of answers -----------------------------------------------------------------------------------
