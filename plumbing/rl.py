@@ -16,7 +16,7 @@ from plumbing.deepspeed_config import dtype_of
 from plumbing.errors import BadInput, writing
 from plumbing.folders import base_of
 from plumbing.ranks import all_sum, gather_rows, print0
-from plumbing.texts import readable, text_ids
+from plumbing.texts import legible, readable, text_ids
 
 
 # ---- tau ---------------------------------------------------------------------------------------------------
@@ -95,10 +95,10 @@ def model_scores(reward_model, rows, run):
     model, tokenizer, center, scale = reward_model
     same, chats = tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(run.tokenizer), []
     for row in rows:
-        end = 0 if row["truncated"] else 1
+        end, text = 0 if row["truncated"] else 1, legible(tokenizer, row["response"])
         sampled = row["response_ids"][:len(row["response_ids"]) - end]
-        ids = sampled if same else text_ids(tokenizer, row["response"])
-        chats.append((row["prompt"], ids + [tokenizer.eos_token_id] * end, row["response"]))
+        ids = sampled if same else text_ids(tokenizer, text)
+        chats.append((row["prompt"], ids + [tokenizer.eos_token_id] * end, text))
     scores = reward_scores(model, tokenizer, chats, run.device, run.args.micro_batch)
     return [(x - center) / scale for x in scores]
 

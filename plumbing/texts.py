@@ -118,6 +118,18 @@ def whole_chat_ids(tokenizer, prompt, ids, text):
     return whole
 
 
+def legible(tokenizer, text):
+    """A sampled text, which must be read: without the control tokens that are spelt out in it where the
+    tokenizer cannot read them as text."""
+    while readable(text_ids, tokenizer, text) is None:
+        before = text
+        for token in control_tokens(tokenizer).values():
+            text = text.replace(token, "")
+        if text == before:
+            raise BadText(text, SPELT)
+    return text
+
+
 SPELT = "a control token is spelt out in it, which the tokenizer cannot read as text"
 
 

@@ -1,16 +1,14 @@
-"""Other people's chat templates and tokenizers: what text becomes, where answers end, how a reward model that
-is not ours reads them. Every model, template and tokenizer is made here."""
+"""Other people's chat templates: which are taken, what they do to texts that spell out control tokens, the
+rows they fail on, and the date in them."""
 
 import json
+import shutil
 from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (ByT5Tokenizer, GPT2Config, GPT2ForSequenceClassification, LlamaConfig,
-                          LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast,
-                          Qwen2Config, Qwen2ForSequenceClassification)
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import chat_template_utils
 
 import evaluate
@@ -19,342 +17,14 @@ import label
 import sft
 import train_dvpo
 import train_gvm
-from common import (answer_ids, chat_ids, cut_text, generate, load_policy, load_reward_model, load_tokenizer,
-                    reward_scores)
+from common import answer_ids, chat_ids, cut_text, load_tokenizer
 from conftest import CONTEXT, TEMPLATE, WORDS, run_of, run_stage, tiny_llama, word_tokenizer, write_jsonl
+from foreign import (CHATML, controls_in, CPU, HEADERS, NO_PROMPT, NO_SYSTEM, QUESTION, SIZES, tokenizer_of)
 from plumbing import inputs, rl, rows, texts
 from plumbing.errors import BadInput
 
-CPU = torch.device("cpu")
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-HEADERS = ("{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n\n' + m['content'] | trim "
-           "+ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}"
-           "{% endif %}")
-NO_PROMPT = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + ': ' + m['content'] + '<|im_end|> .' }}"
-             "{% endfor %}")  # reads whole chats, renders no prompt
-NO_SYSTEM = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
-             + TEMPLATE)
-SPECIAL = ["<s>", "<eos>", "<unk>", "<|im_start|>", "<|im_end|>"]
-SPOKEN = ["is it on the sea coast ?", "yes it is on the sea coast .", "user assistant system",
-          "< s > < eos > < unk > < | im _ start | > < | im _ end | >"] * 3
-QUESTION = [{"role": "user", "content": "is it on the sea ?"}]
-ANSWERS = ["yes .", "it is on the sea coast .", "no", "is it ?", "yes it is on the coast"]
 
-
-def tokenizer_of(kind, template=CHATML, **more):
-    """A tokenizer of each kind that there is, made of a few sentences."""
-    if kind == "bytes":  # written in Python, not in Rust
-        tokenizer = ByT5Tokenizer(extra_ids=0, additional_special_tokens=SPECIAL[3:])
-        tokenizer.chat_template = template
-        return tokenizer
-    if kind == "words":
-        words = [*SPECIAL, *dict.fromkeys(" ".join(SPOKEN).split())]
-        made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    else:
-        model, cut, decoder, trainer = {
-            "bpe": (models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(),
-                    trainers.BpeTrainer(special_tokens=SPECIAL, vocab_size=330, show_progress=False,
-                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())),
-            "unigram": (models.Unigram(), pre_tokenizers.Metaspace(), decoders.Metaspace(),
-                        trainers.UnigramTrainer(special_tokens=SPECIAL, vocab_size=80, unk_token="<unk>",
-                                                show_progress=False)),
-            "pieces": (models.WordPiece(unk_token="<unk>"), pre_tokenizers.BertPreTokenizer(),
-                       decoders.WordPiece(), trainers.WordPieceTrainer(
-                           special_tokens=SPECIAL, vocab_size=200, show_progress=False))}[kind]
-        made = Tokenizer(model)
-        made.pre_tokenizer, made.decoder = cut, decoder
-        if kind == "pieces":
-            made.normalizer = normalizers.BertNormalizer()
-        made.train_from_iterator(SPOKEN, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template, **{
-        "bos_token": "<s>", "eos_token": "<eos>", "unk_token": "<unk>",
-        "additional_special_tokens": SPECIAL[3:], **more})
-
-
-def controls_in(tokenizer, ids):
-    return [i for i in ids if i in texts.control_tokens(tokenizer)]
-
-
-# ---- a reward model that is not ours ------------------------------------------------------------------------
-
-SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, initializer_range=0.3, num_labels=1)
-
-
-def reward_model(folder, family="qwen", template=CHATML, context=512, kind="bpe", **special):
-    """A folder with a random sequence classifier and its own tokenizer."""
-    torch.manual_seed(1)
-    tokenizer = tokenizer_of(kind, template, **special)
-    n = len(tokenizer) + 8  # the family's tokenizer may add some of its own
-    if family == "gpt2":
-        model = GPT2ForSequenceClassification(GPT2Config(
-            vocab_size=n, n_embd=32, n_layer=2, n_head=4, n_positions=context, initializer_range=0.3,
-            num_labels=1, bos_token_id=0, eos_token_id=1))
-    else:
-        config, cls = {"qwen": (Qwen2Config, Qwen2ForSequenceClassification),
-                       "llama": (LlamaConfig, LlamaForSequenceClassification)}[family]
-        model = cls(config(vocab_size=n, max_position_embeddings=context, bos_token_id=0, eos_token_id=1,
-                           pad_token_id=None, **SIZES))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def own_way(folder, chats, cut=False):
-    """Scores as its makers compute them: the template over the whole chat, one row alone, the last token."""
-    loaded, tokenizer, *_ = load_reward_model(folder, torch.float32)
-    found = []
-    for chat, answer in chats:
-        chat = [*chat, {"role": "assistant", "content": answer}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-        text = text[:text.rindex(answer.strip()) + len(answer.strip())] if cut else text
-        with torch.no_grad():
-            found.append(loaded(input_ids=torch.tensor([tokenizer(
-                text, add_special_tokens=False).input_ids])).logits.item())
-    return found
-
-
-FOREIGN = [("qwen", CHATML, {}), ("gpt2", CHATML, {"pad_token": "<eos>"}),
-           ("llama", HEADERS, {"pad_token": "<|im_end|>"}), ("qwen", NO_PROMPT, {})]
-
-
-@pytest.mark.parametrize("family, template, special", FOREIGN)
-def test_a_foreign_reward_model_reads_its_own_rendering(family, template, special, tmp_path):
-    """What stands behind the end of turn, before the answer, or in place of a prompt belongs to it; pad = EOS
-    and pad = end of turn are not mistaken for the end of a row."""
-    folder = reward_model(tmp_path, family, template, **special)
-    chats = [(QUESTION, answer) for answer in ANSWERS]
-    loaded, tokenizer, *_ = load_reward_model(folder, torch.float32)
-    got = reward_scores(loaded, tokenizer, chats, CPU, 3)
-    assert got == pytest.approx(own_way(folder, chats), abs=1e-4) and max(got) - min(got) > 1e-2
-
-
-@pytest.mark.parametrize("family, template, special", FOREIGN)
-def test_a_cut_answer_is_read_without_what_closes_a_turn(family, template, special, tmp_path):
-    folder = reward_model(tmp_path, family, template, **special)
-    model = load_reward_model(folder, torch.float32)
-    policy = word_tokenizer()
-    run = run_of(policy, micro_batch=2)
-    answered = [{"prompt": QUESTION, "response": answer, "response_ids": answer_ids(policy, answer)[:-1],
-                 "truncated": True} for answer in ANSWERS]
-    chats = [(QUESTION, answer) for answer in ANSWERS]
-    got = rl.model_scores(model, answered, run)
-    assert got == pytest.approx(own_way(folder, chats, cut=True), abs=1e-4)
-    whole = [{**row, "truncated": False, "response_ids": row["response_ids"] + [1]} for row in answered]
-    got = rl.model_scores(model, whole, run)
-    assert got == pytest.approx(own_way(folder, chats), abs=1e-4)
-
-
-def test_sampled_ids_stay_where_tokenizer_and_rendering_are_the_policys(tmp_path):
-    """An answer may be sampled in other pieces than its text is cut into; these are what is scored."""
-    model = load_reward_model(reward_model(tmp_path), torch.float32)
-    policy = load_tokenizer(tmp_path)
-    letters = [policy.convert_tokens_to_ids(c) for c in "yes"]
-    assert letters != texts.text_ids(policy, "yes")
-    newline = policy("\n", add_special_tokens=False).input_ids
-    row = {"prompt": QUESTION, "response": "yes", "truncated": False,
-           "response_ids": [*letters, policy.eos_token_id]}
-    got = rl.model_scores(model, [row], run_of(policy, micro_batch=1))
-    ids = chat_ids(policy, QUESTION) + row["response_ids"] + newline
-    with torch.no_grad():
-        assert got == pytest.approx([model[0](input_ids=torch.tensor([ids])).logits.item()], abs=1e-5)
-    cut = {**row, "truncated": True, "response_ids": letters}
-    got = rl.model_scores(model, [cut], run_of(policy, micro_batch=1))
-    with torch.no_grad():
-        ids = torch.tensor([chat_ids(policy, QUESTION) + letters])
-        assert got == pytest.approx([model[0](input_ids=ids).logits.item()], abs=1e-5)
-
-
-def test_every_user_of_a_foreign_reward_model_reads_it_so(tmp_path, monkeypatch):
-    """train_gvm --reward model, evaluate.py, label.py and judge.py rank."""
-    folder = reward_model(tmp_path / "rm")
-    wanted = own_way(folder, [(QUESTION, answer) for answer in ANSWERS])
-    args = SimpleNamespace(reward="model", reward_model=str(folder), micro_batch=2, dtype="float32")
-    train = [{"prompt": QUESTION, "text": answer} for answer in ANSWERS]
-    scale = rows.reward_map(train, args, torch.float32, CPU)
-    assert [row["reward"] * scale["scale"] + scale["center"] for row in train] == pytest.approx(wanted, abs=1e-4)
-
-    answered = [{"prompt": QUESTION, "response": answer} for answer in ANSWERS]
-    assert evaluate.model_scores(folder, answered, args, CPU) == pytest.approx(wanted, abs=1e-4)
-    cut = own_way(folder, [(QUESTION, answer) for answer in ANSWERS], cut=True)
-    answered = [{**row, "truncated": True} for row in answered]
-    assert evaluate.model_scores(folder, answered, args, CPU) == pytest.approx(cut, abs=1e-4)
-
-    kept = SimpleNamespace(rows={}, work=lambda todo, n, do, *_: kept.rows.update(
-        (row["key"], row["score"]) for row in do(todo)))
-    asked = {i: ("q", "p", answer, i % 2 == 0) for i, answer in enumerate(ANSWERS)}
-    label.score(asked, {"q": {"prompt": QUESTION}}, kept, args, folder, CPU)
-    mixed = [pair[i % 2] for i, pair in enumerate(zip(cut, wanted))]
-    assert [kept.rows[i] for i in range(5)] == pytest.approx(mixed, abs=1e-4)
-
-    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": QUESTION[0]["content"], "chosen": ANSWERS[0],
-                                                    "rejected": answer} for answer in ANSWERS[1:]])
-    result = judge.rank_pairs(judge.Args(pairs=pairs, reward_model=str(folder), dtype="float32"), CPU)
-    assert result["accuracy"]["reward model: all"]["accuracy"] == sum(wanted[0] > x for x in wanted[1:]) / 4
-
-
-# ---- the context of a reward model is counted in its own tokens ---------------------------------------------
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_more_than_a_reward_model_can_read_is_one_sentence(family, tmp_path):
-    """Not an IndexError (GPT-2), not a silent number (rotary positions)."""
-    folder = reward_model(tmp_path, family, context=64)
-    loaded, tokenizer, *_ = load_reward_model(folder, torch.float32)
-    reward_scores(loaded, tokenizer, [(QUESTION, "yes .")], CPU, 1)
-    with pytest.raises(BadInput, match="--reward_model: .* tokens, more than the 64 of its context"):
-        reward_scores(loaded, tokenizer, [(QUESTION, "zebras " * 20)], CPU, 1)
-
-
-def feedback():
-    """UltraFeedback rows of 40 prompts; every second prompt and some answers are long in the reward model's
-    tokens, and short in the policy's."""
-    unknown = "q" * 90
-    return [{"instruction": f"is thing{i % 12} {'red' if i % 2 else unknown} {i} ?", "completions": [
-        {"model": "a", "response": "no .", "overall_score": 2},
-        {"model": "b", "response": "yes ." if i % 5 else f"yes {unknown} .", "overall_score": 9}]}
-        for i in range(40)]
-
-
-def test_what_the_reward_model_cannot_read_is_counted_before_the_work(tmp_path, capsys):
-    """Prompts of train_ppo.py and train_remax.py, trajectories of train_gvm.py --reward model."""
-    folder = reward_model(tmp_path / "rm", "gpt2", context=96)
-    data = write_jsonl(tmp_path / "data.jsonl", feedback())
-    policy = word_tokenizer()
-    args = SimpleNamespace(data=data, allow_dropped=True, split_seed=0, max_prompt_length=64, eval_prompts=9,
-                           response_length=8, reward_fn="", reward_model=str(folder), model="toy")
-    train, test = rows.rl_prompts(policy, args, 1)
-    assert "leaves less than --response_length of --reward_model's context" in capsys.readouterr().out
-    assert train and not any("qqq" in row["prompt"][0]["content"] for row in train + test)
-    args = SimpleNamespace(data=data, allow_dropped=True, split_seed=0, max_length=64, k=0, reward="model",
-                           reward_model=str(folder), eval_pairs=9)
-    train, _ = rows.trajectories(policy, args)
-    assert "more than --reward_model can read" in capsys.readouterr().out
-    assert train and not any("qqq" in row["prompt"][0]["content"] + row["text"] for row in train)
-
-
-def test_evaluate_leaves_out_what_the_reward_model_cannot_read(tmp_path, monkeypatch, capsys):
-    """For all policies alike, counted; the others keep their scores."""
-    folder = reward_model(tmp_path / "rm", "gpt2", context=96)
-    tiny_llama().save_pretrained(tmp_path / "policy")
-    word_tokenizer().save_pretrained(tmp_path / "policy")
-    data = write_jsonl(tmp_path / "data.jsonl", feedback())
-    monkeypatch.chdir(tmp_path)
-    args = evaluate.Args(policies=[f"one={tmp_path / 'policy'}"], data=data, reward_model=str(folder),
-                         response_length=4, dtype="float32", temperature=0, out="")
-    result = evaluate.evaluate_policy(args, CPU)
-    out = capsys.readouterr().out
-    kept, asked = map(int, out.split("can read all answers to ")[1].split(" prompts")[0].split(" of "))
-    assert 0 < kept < asked and result["prompts"] == kept
-    assert "reward model" in result["policies"]["one"]["scores"]
-
-
-# ---- the ends of answers ------------------------------------------------------------------------------------
-
-NO_END = ("{{ bos_token }}{% for m in messages %}{{ ' <turn> ' + m['role'] + ' : ' + m['content'] }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ ' <turn> assistant :' }}{% endif %}")
-TURN = [*WORDS, "<turn>"]
-
-
-def policy_folder(folder, ends, template=NO_END, config_only=False):
-    """A random Llama whose files list several ends; where=config: in config.json alone, as older ones do."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(TURN), max_position_embeddings=CONTEXT, bos_token_id=0, eos_token_id=ends,
-        **{k: v for k, v in SIZES.items() if k != "num_labels"}))
-    model.save_pretrained(folder)
-    word_tokenizer(TURN, template, additional_special_tokens=["<turn>"]).save_pretrained(folder)
-    if config_only:
-        (folder / "generation_config.json").unlink()
-    return folder
-
-
-def stock_greedy(folder, prompt, ends, length=24):
-    model = LlamaForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        out = model.generate(torch.tensor([prompt]), max_new_tokens=length, do_sample=False, eos_token_id=ends,
-                             pad_token_id=1)
-    return out[0, len(prompt):].tolist()
-
-
-@pytest.fixture
-def early_end(tmp_path):
-    """(prompt, an id that greedy decoding says after a few tokens, what stock generate says until then)"""
-    folder = policy_folder(tmp_path / "probe", 1)
-    prompt = chat_ids(load_tokenizer(folder), QUESTION)
-    said = stock_greedy(folder, prompt, 1)
-    end = next(token for i, token in enumerate(said) if 2 <= i < 20 and token not in said[:i])
-    return prompt, end, stock_greedy(folder, prompt, [1, end])
-
-
-@pytest.mark.parametrize("config_only", [False, True])
-def test_any_end_of_the_models_list_ends_an_answer(config_only, early_end, tmp_path):
-    """The GLM kind: the tokenizer's EOS, which the template never writes, and another one in the list."""
-    prompt, end, wanted = early_end
-    folder = policy_folder(tmp_path / "policy", [1, end], config_only=config_only)
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer.eos_token_id == 1 and texts.end_ids(tokenizer) == [1, end]
-    policy = load_policy(folder, tokenizer, torch.float32).eval()
-    assert generate(policy, [prompt], [1], 24, 0, tokenizer, CPU) == [wanted] and len(wanted) < 24
-    run = run_of(tokenizer, response_length=24, temperature=0, static_cache=False)
-    row, = train_dvpo.rollout(policy, [{"prompt_ids": prompt}], [1], run)
-    assert row["response_ids"] == wanted and not row["truncated"]
-    assert row["response"] == tokenizer.decode(wanted[:-1], skip_special_tokens=True)
-    args = SimpleNamespace(dtype="float32", response_length=24, temperature=0, micro_batch=2, seed=1)
-    row, = evaluate.answers_of(folder, [{"prompt_ids": prompt, "prompt": QUESTION}], None, tokenizer, args, CPU)
-    assert row["response_ids"] == wanted and not row["truncated"]
-    policy.save_pretrained(tmp_path / "export")  # and stays in what is saved
-    saved = json.loads((tmp_path / "export/generation_config.json").read_text())
-    assert saved["eos_token_id"] == [1, end]
-
-
-def test_label_and_judge_stop_at_any_end(early_end, tmp_path):
-    prompt, end, wanted = early_end
-    folder = policy_folder(tmp_path / "policy", [1, end])
-    tokenizer = load_tokenizer(folder)
-    kept = SimpleNamespace(rows={})
-    kept.work = lambda todo, n, do, *_: kept.rows.update((row["key"], row) for row in do(todo))
-    args = SimpleNamespace(dtype="float32", response_length=24, micro_batch=2, seed=1)
-    label.sample(str(folder), {"p@0": (str(folder), 0, ["q"])}, {"q": {"prompt": QUESTION}}, kept, args, CPU)
-    row, = kept.rows.values()
-    text = tokenizer.decode(wanted[:-1], skip_special_tokens=True).strip()
-    assert row["text"] == text and not row["truncated"]
-    policy = load_policy(folder, tokenizer, torch.float32).eval()
-    args = SimpleNamespace(response_length=24, seed=1, micro_batch=2)
-    question = {"id": 1, "turns": [QUESTION[0]["content"]]}
-    (answers, lengths, _), = judge.answers_of(policy, tokenizer, [question], 0, CONTEXT, args, CPU)
-    assert answers == [text] and lengths == [len(texts.text_ids(tokenizer, text))]
-
-
-@pytest.mark.parametrize("eos, ends, template, wanted", [
-    ("</s>", [1, len(TURN) - 1], NO_END, ["</s>", "<turn>"]),           # the tokenizer's, the model knows it
-    ("<unk>", [len(TURN) - 1], NO_END, ["<turn>"]),                     # the model's, it does not
-    ("</s>", [1, len(TURN) - 1], NO_END.replace("m['content'] }}", "m['content'] + ' <turn>' }}"),
-     ["<turn>", "</s>"]),                                               # the template's (Gemma)
-    ("</s>", 1, TEMPLATE, ["</s>"]), ("</s>", [1, 10**6], TEMPLATE, ["</s>"])])
-def test_one_end_is_trained_and_all_of_them_stop(eos, ends, template, wanted, tmp_path):
-    policy_folder(tmp_path, ends)
-    word_tokenizer(TURN, template, eos_token=eos, additional_special_tokens=["<turn>", "</s>"]
-                   ).save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.convert_ids_to_tokens(texts.end_ids(tokenizer)) == wanted
-    assert answer_ids(tokenizer, "yes .")[-1] == tokenizer.convert_tokens_to_ids(wanted[0])
-
-
-def test_our_reward_model_reads_its_own_end_whatever_the_answer_ended_with(tmp_path):
-    """It was trained on one end alone."""
-    policy_folder(tmp_path, [1, len(TURN) - 1])
-    tokenizer, seen = load_tokenizer(tmp_path), []
-    row = {"prompt": QUESTION, "response": "yes .", "truncated": False,
-           "response_ids": answer_ids(tokenizer, "yes .")[:-1] + [len(TURN) - 1]}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rl, "reward_scores", lambda model, own, chats, *_: seen.extend(chats) or [0.0])
-        rl.model_scores((None, tokenizer, 0.0, 1.0), [row], run_of(tokenizer, micro_batch=1))
-    assert seen[0][1] == answer_ids(tokenizer, "yes .")
-
-
-# ---- control tokens in people's texts -----------------------------------------------------------------------
+# ---- control tokens in people's texts ----------------------------------------------------------------------
 
 KINDS = ["bpe", "pieces", "bytes", "unigram", "words"]
 CANNOT = {"unigram", "words"}  # the token is a piece of their own vocabulary
@@ -399,9 +69,9 @@ def test_ordinary_texts_keep_their_ids(kind, tmp_path):
         assert answer_ids(tokenizer, content) == plain + [tokenizer.eos_token_id]
 
 
-BAD = [{"instruction": f"is thing{i % 12} </s> {i} ?" if i % 2 else f"is thing{i % 12} {i} ?", "completions": [
-    {"model": "a", "response": "no .", "overall_score": 2}, {"model": "b", "response": "yes it is .",
-                                                             "overall_score": 8},
+BAD = [{"instruction": f"is thing{i % 12} {'</s> ' * (i % 2)}{i} ?", "completions": [
+    {"model": "a", "response": "no .", "overall_score": 2},
+    {"model": "b", "response": "yes it is .", "overall_score": 8},
     {"model": "c", "response": "yes it" if i % 4 else "yes </s> it", "overall_score": 9}]} for i in range(80)]
 
 
@@ -439,28 +109,16 @@ def test_tau_leaves_out_what_it_cannot_read(models_folder):
     assert sorted(tau) == wanted
 
 
-# ---- decoding -----------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("kind", ["words", "pieces", "unigram"])
-def test_decoding_does_not_tidy_spaces(kind, tmp_path):
-    """Of no tokenizer, in none of its two ways: transformers' own, and that of WordPiece."""
-    tokenizer_of(kind, clean_up_tokenization_spaces=True).save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    ids = tokenizer("yes it is on the sea coast . is it ?", add_special_tokens=False).input_ids
-    assert tokenizer.decode(ids) == "yes it is on the sea coast . is it ?"
-    assert texts.answer_text(tokenizer, [*ids, tokenizer.eos_token_id]) == tokenizer.decode(ids)
-    assert cut_text(tokenizer, "the sea coast . is it ?", 4).endswith("coast ." if kind != "unigram" else "")
-
-
-# ---- templates that cannot be used --------------------------------------------------------------------------
+# ---- templates that cannot be used -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("template, said", [
     (NO_PROMPT, "ignores add_generation_prompt"),
     (TEMPLATE.split("{% if add_generation_prompt")[0], "ignores add_generation_prompt"),
-    ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ messages[0]['content'] + ' : ' + m['content'] "
-     "+ eos_token }}{% endif %}{% endfor %}", "leaves out the text of a lone user turn"),
+    ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ messages[0]['content'] + ' : ' "
+     "+ m['content'] + eos_token }}{% endif %}{% endfor %}", "leaves out the text of a lone user turn"),
     ("{% for m in messages %}{{ m['role'] }}{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}"
-     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}", "leaves out the text of a turn"),
+     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}",
+     "leaves out the text of a turn"),
     (TEMPLATE + "{% if messages | length == 1 %}{{ raise_exception('say more') }}{% endif %}", "say more")])
 def test_a_template_without_a_prompt_is_refused(template, said, tmp_path):
     word_tokenizer(template=template).save_pretrained(tmp_path)
@@ -472,8 +130,8 @@ def test_a_template_without_a_prompt_is_refused(template, said, tmp_path):
 THINKS = ("{% for m in messages %}{{ m['role'] + ' : ' }}{% if m['role'] == 'assistant' and loop.last %}"
           "{{ '<think></think> ' }}{% endif %}{{ m['content'] + eos_token }}{% endfor %}"
           "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}")
-INST = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]'"
-        " }}{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}")
+INST = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + "
+        "' [/INST]' }}{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}")
 
 
 @pytest.mark.parametrize("template", [THINKS, INST, CHATML, HEADERS, None, TEMPLATE,
@@ -488,11 +146,8 @@ def test_templates_of_the_known_families_are_taken(template, tmp_path):
 def test_tau_needs_a_template_with_earlier_turns(tmp_path, flags):
     """Of several turns it shows the last one: K would be read as 0 without a word."""
     tiny_llama().save_pretrained(tmp_path)
-    template = TEMPLATE.replace("for m in messages", "for m in messages[-2:] if not loop.first or m['role'] != "
-                                "'assistant'")
-    word_tokenizer(template=template.replace("messages[-2:]", "(messages[-1:] if add_generation_prompt else "
-                                             "messages)").split(" if not loop")[0]
-                   + template.split("'assistant'", 1)[1]).save_pretrained(tmp_path)
+    last = "for m in (messages[-1:] if add_generation_prompt else messages)"
+    word_tokenizer(template=TEMPLATE.replace("for m in messages", last)).save_pretrained(tmp_path)
     load_tokenizer(tmp_path)
     args = train_gvm.Args(sft_model=str(tmp_path), ds_config=flags.gvm["ds_config"], max_length=64, k=2)
     with pytest.raises(BadInput, match="--k 2: .* does not render earlier turns"):
@@ -500,13 +155,13 @@ def test_tau_needs_a_template_with_earlier_turns(tmp_path, flags):
     inputs.gvm_stage_inputs(train_gvm.Args(**{**vars(args), "k": 0}), 1)
 
 
-# ---- a row that the template fails on -----------------------------------------------------------------------
+# ---- a row that the template fails on ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("template, reason", [
     (NO_SYSTEM, "no system role here"),
     (TEMPLATE.replace("m['role'] + ' : '", "{'user': 'user : ', 'assistant': 'assistant : '}[m['role']]"),
      "system"),  # undefined, then not even a jinja error
-    (TEMPLATE + "{% if messages[0]['content'] == 'yes' %}{{ 1 + messages[0]['content'] }}{% endif %}", "int")])
+    (TEMPLATE + "{% if messages[0]['role'] == 'system' %}{{ 1 + messages[0]['role'] }}{% endif %}", "int")])
 def test_a_row_that_the_template_fails_on_is_counted_and_dropped(template, reason, tmp_path, capsys):
     word_tokenizer(template=template).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
@@ -523,13 +178,14 @@ def test_a_row_that_the_template_fails_on_is_counted_and_dropped(template, reaso
 
 
 def test_a_question_that_the_template_fails_on(tmp_path, capsys, monkeypatch):
-    """A tool's question is named in one sentence; prompts of --data, of a judge or of label.py are counted."""
+    """A tool's question is named in one sentence; prompts of --data, of a judge, of label.py are counted."""
     folder = tmp_path / "policy"
     tiny_llama().save_pretrained(folder)
-    word_tokenizer(template=TEMPLATE + "{% if 'zebra' in messages[-1]['content'] %}{{ raise_exception('shy') }}"
-                   "{% endif %}").save_pretrained(folder)
+    shy = "{% if 'zebra' in messages[-1]['content'] %}{{ raise_exception('shy') }}{% endif %}"
+    word_tokenizer(template=TEMPLATE + shy).save_pretrained(folder)
     monkeypatch.chdir(tmp_path)
-    questions = write_jsonl(tmp_path / "q.jsonl", [{"instruction": "is it red ?"}, {"instruction": "a zebra ?"}])
+    asked = ("is it red ?", "a zebra ?")
+    questions = write_jsonl(tmp_path / "q.jsonl", [{"instruction": text} for text in asked])
     words = dict(policy=str(folder), response_length=2, dtype="float32", out=str(tmp_path / "out.json"))
     with pytest.raises(BadInput, match="'a zebra .*shy"):
         judge.generate_answers(judge.Args(questions=questions, **words), CPU)
@@ -544,17 +200,17 @@ def test_a_question_that_the_template_fails_on(tmp_path, capsys, monkeypatch):
     assert evaluate.evaluate_policy(args, CPU)["prompts"] > 0
     assert "cannot become token ids" in capsys.readouterr().out
     records = label.read_data(data, needs="prompts")
-    args = SimpleNamespace(shares=label.SHARES, split_seed=0, max_prompt_length=64, allow_dropped=True, seed=1,
-                           prompts=99, data=data)
+    args = SimpleNamespace(shares=label.SHARES, split_seed=0, max_prompt_length=64, allow_dropped=True,
+                           seed=1, prompts=99, data=data)
     found = label.prompts_of(records, [load_tokenizer(folder)], args)
     assert len(found) == 30 and not any("zebra" in text for text in found)
     local = SimpleNamespace(judge_model=str(folder), dtype="float32", judge_tokens=2, micro_batch=2)
-    left = judge.ask_local({i: [{"content": text}, {"content": "?"}] for i, text in enumerate(("a zebra", "it"))},
-                           local, lambda *_: None)
+    todo = {text: [{"content": "judge"}, {"content": text}] for text in asked}
+    left = judge.ask_local(todo, local, lambda *_: None)
     assert list(left.values()) == [1]
 
 
-# ---- the date -----------------------------------------------------------------------------------------------
+# ---- the date ----------------------------------------------------------------------------------------------
 
 DATED = "{{ 'today ' + strftime_now('%d') + ' ' }}" + TEMPLATE
 DAYS = [str(day) for day in range(10, 29)]
@@ -589,7 +245,8 @@ def test_a_run_goes_on_the_next_day(flags, data, tmp_path, clock, monkeypatch):
     words = {**flags.sft, "model": dated_model(tmp_path / "model"), "output_dir": tmp_path / "sft",
              "save_every": 1, "max_steps": 3}
     seen = []
-    monkeypatch.setattr(sft, "sft_rows", lambda *args, make=sft.sft_rows: seen.append(make(*args)) or seen[-1])
+    make = sft.sft_rows
+    monkeypatch.setattr(sft, "sft_rows", lambda *args: seen.append(make(*args)) or seen[-1])
     with monkeypatch.context() as patch:
         patch.setattr(sft, "save_model", lambda *args, **more: 1 / 0)
         clock(11)
@@ -623,7 +280,8 @@ def test_policy_and_gvm_see_one_date(flags, tmp_path, clock):
 
 @pytest.mark.parametrize("template, wanted", [
     ("{% macro day() %}{{ strftime_now('%Y-%m-%d') }}{% endmacro %}{{ day() }}", "2031-05-11"),
-    ("{% if strftime_now is defined %}{% set d = strftime_now('%d %b %Y') %}{% endif %}{{ d }}", "11 May 2031"),
+    ("{% if strftime_now is defined %}{% set d = strftime_now('%d %b %Y') %}{% endif %}{{ d }}",
+     "11 May 2031"),
     ("{{ strftime_now('%A, %-d %B, 100%%') }}", "Sunday, 11 May, 100%")])
 def test_every_way_of_asking_for_the_date_is_frozen(template, wanted, clock):
     """gpt-oss and Mistral, Llama 3, Granite."""
@@ -636,7 +294,6 @@ def test_every_way_of_asking_for_the_date_is_frozen(template, wanted, clock):
 
 @pytest.mark.parametrize("date", ["someday", 5])
 def test_a_date_that_is_none_is_one_sentence(date, flags, chain, tmp_path):
-    import shutil
     shutil.copytree(chain.gvm, tmp_path / "gvm")
     path = tmp_path / "gvm/gvm.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "date": date}))
@@ -644,7 +301,7 @@ def test_a_date_that_is_none_is_one_sentence(date, flags, chain, tmp_path):
         inputs.gvm_settings(tmp_path / "gvm")
 
 
-# ---- tau of the held-out prompts ----------------------------------------------------------------------------
+# ---- tau of the held-out prompts ---------------------------------------------------------------------------
 
 def test_held_out_values_are_read_under_the_whole_tau(chain, models_folder, monkeypatch):
     """Not under one that was shortened for a long row of the training batch."""
