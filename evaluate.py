@@ -41,7 +41,7 @@ import torch
 from tqdm import tqdm  # comes with transformers
 
 from common import (answer_ids, chat_ids, collate, cut_pair, generate, keyed_rng, load_gvm, load_policy,
-                    load_reward_model, load_tokenizer, reward_scores)
+                    load_reward_model, load_reward_tokenizer, load_tokenizer, reward_scores)
 from plumbing.args import command_args, load_plug
 from plumbing.checks import check_model, finite, gvm_settings, tokenizer_fingerprint, weights_fingerprint
 from plumbing.data import has_policy_names, preference_pair, prompt_text, read_data, split_of
@@ -49,8 +49,9 @@ from plumbing.errors import BadInput
 from plumbing.files import check_place, read_rows, write_whole
 from plumbing.folders import stage_folder
 from plumbing.ranks import init_distributed
-from plumbing.rows import responses_that_fit
+from plumbing.rows import responses_that_fit, reward_chat, reward_fits
 from plumbing.table import percent, plus_minus, print_table, win_tie_lose
+from plumbing.texts import answer_text, ended, readable
 
 
 @dataclass
@@ -126,7 +127,7 @@ def open_gvm(args, device):
                        f"trained under {settings['split_seed']}; give that one.")
     tokenizer = load_tokenizer(folder, "--value_model")
     check_model(settings["base_model"], tokenizer, f"base model of --value_model {folder}:")
-    tokenizer.chat_template = settings["chat_template"]
+    tokenizer.chat_template, tokenizer.date = settings["chat_template"], settings.get("date")
     model, _ = load_gvm(folder, getattr(torch, args.dtype))
     return Gvm(model.to(device).eval(), tokenizer, settings, device, args.micro_batch)
 
@@ -153,7 +154,8 @@ def under_tau(gvm, pool, policy, rows, rng):
     k, context, group = gvm.settings["k"], gvm.settings["context"], rows[0]["group"]
     answers = pool[policy] if k else []
     others = (answers[i] for i in rng.permutation(len(answers)) if answers[i]["group"] != group)
-    tau = [cut_pair(gvm.tokenizer, row["prompt"], row["response"], gvm.settings) for row in islice(others, k)]
+    cut = (readable(cut_pair, gvm.tokenizer, row["prompt"], row["response"], gvm.settings) for row in others)
+    tau = list(islice(filter(None, cut), k))
     for first in range(len(tau) + 1):
         jobs = [(chat_ids(gvm.tokenizer, row["prompt"], tau[first:]), row["response_ids"]) for row in rows]
         if max(len(prompt) + len(response) for prompt, response in jobs) <= context:
@@ -187,9 +189,10 @@ def read_held_out(source, gvm, args):
                 pool[row["policy"]].append(row)
         if split != "test":
             continue
-        _, fitting = responses_that_fit(record, gvm.tokenizer, limit)
-        rows += fitting
-        left_out[f"responses over {limit} tokens with prompt"] += len(record["responses"]) - len(fitting)
+        _, fitting, unread = responses_that_fit(record, gvm.tokenizer, limit)
+        rows, left_out = rows + fitting, left_out + unread
+        over = len(record["responses"]) - len(fitting) - unread.total()
+        left_out[f"responses over {limit} tokens with prompt"] += over
         pair = preference_pair(record, args.split_seed, fitting)
         pairs += [pair] if pair else []
         left_out["prompts without a pair"] += not pair
@@ -241,7 +244,9 @@ def calibrate(gvm, rows, pairs, pool, args):
     if reward["kind"] == "preference":
         rows, actual = [row for pair in pairs for row in pair], [1.0, -1.0] * len(pairs)
     else:
-        rows = [row for row in rows if reward["kind"] == "model" or row["score"] is not None]
+        reader = load_reward_tokenizer(reward["reward_model"]) if reward["kind"] == "model" else None
+        rows = [row for row in rows if (reward_fits(reader, row["prompt"], row["response"]) if reader else
+                                        row["score"] is not None)]
         rows = some(rows, 2 * args.pairs, args.seed)
         scores = [row["score"] for row in rows]
         if reward["kind"] == "model":
@@ -256,7 +261,7 @@ def calibrate(gvm, rows, pairs, pool, args):
 
 def model_scores(reward_model, rows, args, device):
     model, tokenizer, _, _ = load_reward_model(reward_model, getattr(torch, args.dtype))
-    chats = [(row["prompt"], row["response"]) for row in rows]
+    chats = [reward_chat(tokenizer, row["prompt"], row["response"], row.get("truncated")) for row in rows]
     scores = reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch)
     return finite(scores, f"--reward_model {reward_model}", "scores")
 
@@ -469,8 +474,8 @@ def answers_of(folder, prompts, truth, tokenizer, args, device):
     seeds = [int(keyed_rng(args.seed, 2, i).integers(2**62)) for i in range(len(prompts))]  # for all policies
     answers = generate(policy, [row["prompt_ids"] for row in prompts], seeds, args.response_length,
                        args.temperature, tokenizer, device, batch=args.micro_batch)
-    rows = [{**row, "response_ids": ids, "response": tokenizer.decode(ids, skip_special_tokens=True),
-             "truncated": ids[-1] != tokenizer.eos_token_id, "kl": None, "scores": {}}
+    rows = [{**row, "response_ids": ids, "response": answer_text(tokenizer, ids),
+             "truncated": not ended(tokenizer, ids), "kl": None, "scores": {}}
             for row, ids in zip(prompts, answers)]
     for row, score in zip(rows, truth(rows, policy, tokenizer) if truth else ()):
         row["scores"]["truth"] = float(score)
@@ -526,20 +531,28 @@ def evaluate_policy(args, device):
     truth = load_plug(args.truth_fn, "--truth_fn") if args.truth_fn else None
     tokenizer = load_tokenizer(reference, "--policies")
     if args.reward_model:
-        check_model(args.reward_model, load_tokenizer(args.reward_model, "--reward_model"), "--reward_model",
-                    head=True)
+        reader = load_reward_tokenizer(args.reward_model)
     if args.value_model:
         gvm_settings(args.value_model)
-    rows = [{"prompt": r["prompt"], "group": r["group"], "prompt_ids": chat_ids(tokenizer, r["prompt"])}
-            for r in held_out_prompts(args).values()]
+    records = held_out_prompts(args).values()
+    rows = [{"prompt": r["prompt"], "group": r["group"], "prompt_ids": ids} for r in records
+            if (ids := readable(chat_ids, tokenizer, r["prompt"]))]
     short = [row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_length]
-    print(f"--max_prompt_length {args.max_prompt_length} keeps {len(short)} of {len(rows)} held-out prompts")
+    print(f"--max_prompt_length {args.max_prompt_length} keeps {len(short)} of {len(records)} held-out "
+          "prompts" + f"; {len(records) - len(rows)} cannot become token ids" * (len(rows) < len(records)))
     if not short:
         raise BadInput(f"--data {args.data}: no held-out prompt is within --max_prompt_length.")
     prompts = some(short, args.prompts, args.seed)
     for _, folder in named:
         check_policy(folder, tokenizer, prompts, args)
     answers = {name: answers_of(folder, prompts, truth, tokenizer, args, device) for name, folder in named}
+    if args.reward_model:
+        kept = [i for i in range(len(prompts)) if all(
+            reward_fits(reader, found[i]["prompt"], found[i]["response"]) for found in answers.values())]
+        print(f"--reward_model can read all answers to {len(kept)} of {len(prompts)} prompts")
+        if not kept:
+            raise BadInput(f"--reward_model {args.reward_model}: no prompt and answer fit its context.")
+        prompts, answers = kept, {name: [found[i] for i in kept] for name, found in answers.items()}
     rows = [row for found in answers.values() for row in found]
     if args.temperature > 0:  # KL = mean over y ~ pi of log pi(y | x) - log pi_ref(y | x)
         policy = load_policy(reference, tokenizer, getattr(torch, args.dtype), "--policies").to(device).eval()

@@ -26,6 +26,7 @@ JUDGE_API_KEY (or OPENAI_API_KEY) and is written nowhere.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -51,6 +52,7 @@ from plumbing.errors import BadInput, one_line
 from plumbing.files import read_rows
 from plumbing.ranks import init_distributed
 from plumbing.table import percent, print_table, win_tie_lose
+from plumbing.texts import answer_text, readable, text_ids
 from evaluate import Gvm, accuracy, held_out_prompts, hits, named_paths, some, token_values
 
 
@@ -170,21 +172,21 @@ def answers_of(policy, tokenizer, questions, temperature, context, args, device)
         here = [i for i, question in enumerate(questions) if turn < len(question["turns"])]
         for i in here:
             chats[i].append({"role": "user", "content": questions[i]["turns"][turn]})
-        ids = {i: chat_ids(tokenizer, chats[i]) for i in here}
-        room = {i: min(args.response_length, context - len(ids[i])) for i in here}
+        ids = {i: readable(chat_ids, tokenizer, chats[i]) for i in here}
+        room = {i: min(args.response_length, context - len(ids[i])) if ids[i] else 0 for i in here}
         together = [i for i in here if room[i] == args.response_length]
         alone = [[i] for i in here if 0 < room[i] < args.response_length]
-        found = {i: [] for i in here}  # empty where the prompt alone fills the context
+        found = {i: [] for i in here}  # empty where the prompt alone fills the context, or has no ids
         for part in filter(None, [together, *alone]):
             seeds = [int(keyed_rng(args.seed, zlib.crc32(str(questions[i]["id"]).encode()), turn)
                          .integers(2**62)) for i in part]
             found.update(zip(part, generate(policy, [ids[i] for i in part], seeds, room[part[0]], temperature,
                                             tokenizer, device, batch=args.micro_batch)))
         for i in here:
-            text = tokenizer.decode(found[i], skip_special_tokens=True).strip()
+            text = answer_text(tokenizer, found[i]).strip()
             chats[i].append({"role": "assistant", "content": text})
             texts[i].append(text)
-            lengths[i].append(len(answer_ids(tokenizer, text)) - 1)  # without the EOS
+            lengths[i].append(len(readable(text_ids, tokenizer, text) or found[i]))
             short[i] += room[i] < args.response_length
     return list(zip(texts, lengths, short))
 
@@ -263,6 +265,12 @@ def generate_answers(args, device):
             return
     tokenizer = load_tokenizer(folder, "--policy")
     context = check_model(folder, tokenizer, "--policy")
+    read = functools.partial(readable, chat_ids) if kind == "prompts" else chat_ids  # a tool's are all needed
+    known = [question for question in questions if read(tokenizer, [
+        *question.get("before", []), {"role": "user", "content": question["turns"][0]}])]
+    if len(known) < len(questions):
+        print(f"{len(questions) - len(known)} of {len(questions)} prompts cannot become token ids: left out")
+    questions = known
     policy = load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policy").to(device).eval()
     write_whole(record, json.dumps(settings, indent=1))
     groups = defaultdict(list)
@@ -439,18 +447,20 @@ def ask_local(todo, args, keep):
     tokenizer = load_tokenizer(args.judge_model, "--judge_model")
     context = check_model(args.judge_model, tokenizer, "--judge_model")
     model = load_policy(args.judge_model, tokenizer, getattr(torch, args.dtype), "--judge_model").to(device)
-    ids = {key: chat_ids(tokenizer, [{"role": "user", "content": f"{a['content']}\n\n{b['content']}"}])
-           for key, (a, b) in todo.items()}  # many templates have no system turn
+    ids = {key: found for key, (a, b) in todo.items()  # many templates have no system turn
+           if (found := readable(chat_ids, tokenizer, [
+               {"role": "user", "content": f"{a['content']}\n\n{b['content']}"}]))}
     keys = [key for key in sorted(ids, key=lambda key: len(ids[key]))  # sorted: less padding in a batch
             if len(ids[key]) + args.judge_tokens <= context]
-    too_long = len(ids) - len(keys)
+    left = {f"longer than the judge's context of {context} tokens": len(ids) - len(keys),
+            "without token ids, for its template fails or a control token is spelt out": len(todo) - len(ids)}
     for i in tqdm(range(0, len(keys), args.micro_batch), "verdicts", disable=None):
         part = keys[i:i + args.micro_batch]
         for key, found in zip(part, generate(model, [ids[key] for key in part], [0] * len(part),
                                              args.judge_tokens, 0.0, tokenizer, device,
                                              batch=args.micro_batch)):
-            keep(key, tokenizer.decode(found, skip_special_tokens=True))
-    return {f"longer than the judge's context of {context} tokens": too_long} if too_long else {}
+            keep(key, answer_text(tokenizer, found))
+    return {reason: n for reason, n in left.items() if n}
 
 
 def ask_endpoint(todo, ask, parallel, keep):
@@ -746,7 +756,7 @@ def rank_pairs(args, device):
     if args.value_model:
         tokenizer = load_tokenizer(args.value_model, "--value_model")
         check_model(settings["base_model"], tokenizer, f"base model of --value_model {args.value_model}:")
-        tokenizer.chat_template = settings["chat_template"]
+        tokenizer.chat_template, tokenizer.date = settings["chat_template"], settings.get("date")
         jobs = [(chat_ids(tokenizer, prompt), answer_ids(tokenizer, text)) for prompt, text in chats]
         longest = max(len(prompt) + len(answer) for prompt, answer in jobs)
         if longest > settings["context"]:

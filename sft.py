@@ -35,6 +35,7 @@ from plumbing.log import Clock, MetricLog, due
 from plumbing.ranks import all_sum, init_distributed, peak_memory_gb, print0, seed_everything
 from plumbing.rows import report_kept
 from plumbing.saving import save_model
+from plumbing.texts import BadText
 
 
 @dataclass
@@ -99,7 +100,11 @@ def sft_rows(tokenizer, args):
         if share not in ("sft", "test") and record["shape"] not in ("instruction", "chat"):
             continue
         best = best_response(record)
-        row = chat_ids(tokenizer, record["prompt"]), answer_ids(tokenizer, best["text"])
+        try:
+            row = chat_ids(tokenizer, record["prompt"]), answer_ids(tokenizer, best["text"])
+        except BadText as e:
+            dropped[e.reason] += 1
+            continue
         if len(row[0]) + len(row[1]) > args.max_length:
             dropped[f"prompt + response over --max_length {args.max_length}"] += 1
         else:

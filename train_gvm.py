@@ -45,6 +45,7 @@ from plumbing.log import Clock, MetricLog, due
 from plumbing.ranks import all_sum, gather_rows, init_distributed, peak_memory_gb, print0, seed_everything
 from plumbing.rows import reward_map, trajectories
 from plumbing.saving import save_model
+from plumbing.texts import run_date
 
 
 @dataclass
@@ -289,8 +290,8 @@ def main(args):
         "tau_format": "earlier turns of the same chat", "tau_question_tokens": args.tau_question_tokens,
         "tau_answer_tokens": args.tau_answer_tokens, "max_length": args.max_length, "context": context,
         "gamma": args.gamma, "lam": args.lam, "chat_template": tokenizer.chat_template,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), "split_seed": args.split_seed,
-        "reward": reward}})
+        "date": run_date(), "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "split_seed": args.split_seed, "reward": reward}})
     checkpoints.finish()
 
 

@@ -40,6 +40,7 @@ from plumbing.log import Clock, MetricLog, due
 from plumbing.ranks import all_sum, gather_rows, init_distributed, peak_memory_gb, print0, seed_everything
 from plumbing.rows import preference_rows
 from plumbing.saving import save_model
+from plumbing.texts import run_date
 
 
 @dataclass
@@ -185,8 +186,8 @@ def main(args):
         _, scores = held_out(engine, rows, tokenizer, args, rank, world, device)
     center, scale = float(scores.mean()), float(2 * scores.std() + 1e-8)
     save_model(engine, tokenizer, out, extra={"rm.json": {
-        **record, "center": center, "scale": scale,
-        "max_length": args.max_length, "chat_template": tokenizer.chat_template,
+        **record, "center": center, "scale": scale, "max_length": args.max_length,
+        "chat_template": tokenizer.chat_template, "date": run_date(),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), "split_seed": args.split_seed}})
     checkpoints.finish()
     print0(f"scores: mean {center:.3f}, two standard deviations {scale:.3f}")

@@ -33,6 +33,7 @@ from plumbing.errors import KEPT, BadInput, one_line, writing
 from plumbing.files import read_object, sync, write_whole
 from plumbing.log import due
 from plumbing.ranks import gather_rows, parents, print0
+from plumbing.texts import run_date
 
 
 MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank", "track"}  # they change no number
@@ -135,7 +136,7 @@ class Checkpoints:
                 if not self.args.resume:  # left by a run that was killed when it had finished
                     self.clear()
                 self.finished.unlink(missing_ok=True)
-                flags = json.dumps(dataclasses.asdict(self.args), indent=1)
+                flags = json.dumps({**dataclasses.asdict(self.args), "date": run_date()}, indent=1)
                 write_whole(self.folder.parent / "args.json", flags, KEPT)
         if self.found is None:
             return 0, {}

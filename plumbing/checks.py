@@ -18,6 +18,7 @@ from plumbing.errors import BadInput, loading, one_line
 from plumbing.files import read_object
 from plumbing.folders import base_of, model_place
 from plumbing.ranks import gather_rows, print0
+from plumbing.texts import BadText, date_of, render
 
 
 def pretrained(cls, path, flag="--model", **kwargs):
@@ -135,17 +136,36 @@ def check_class(auto, path, flag):
     print0(f"warning: {why}: no GVM can be trained on what comes out")
 
 
-def rendered_end(tokenizer, path, flag):
-    """What the chat template puts behind an assistant's text; BadInput where it fails or leaves that out."""
+def rendered_end(tokenizer, path, flag, asks=True):
+    """What the chat template puts behind an assistant's text; BadInput where it fails or leaves texts out.
+    asks: whether prompts are rendered, too, which must end with what stands before an answer"""
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
     try:
-        before, answer, tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")
-        if not answer:
-            raise ValueError("the assistant's text is not in what it renders")
-    except Exception as e:  # a template is a program of its author's, and can fail in any way
-        raise BadInput(f"{flag} {path}: its chat template fails on a user and an assistant turn "
-                       f"({one_line(e)}).") from None
+        before, answer, tail = render(tokenizer, chat, prompt=False).rpartition("ANSWER")
+        before = before.strip()
+        prompt = render(tokenizer, chat[:1], prompt=True).strip() if asks else before
+        ignored = prompt != before and prompt == render(tokenizer, chat[:1], prompt=False).strip()
+    except BadText as e:
+        raise BadInput(f"{flag} {path}: for a user and an assistant turn {e.reason}.") from None
+    wrong = ("leaves out the text of a turn" if not answer or "question" not in before else
+             "leaves out the text of a lone user turn" if "question" not in prompt else
+             "ignores add_generation_prompt: what stands before an answer is in no prompt" if ignored else "")
+    if wrong:
+        raise BadInput(f"{flag} {path}: its chat template {wrong}; correct it or choose another model.")
     return tail
+
+
+def check_tau(tokenizer, asked, path, flag):
+    """Refuse a chat template that shows no earlier turns: tau would not be read."""
+    chat = [{"role": role, "content": text}
+            for role, text in (("user", "first"), ("assistant", "second"), ("user", "third"))]
+    try:
+        shown = render(tokenizer, chat, prompt=True)
+    except BadText:
+        shown = ""
+    if not all(turn["content"] in shown for turn in chat):
+        raise BadInput(f"{asked}: the chat template of {flag} {path} does not render earlier turns, and tau "
+                       f"is such turns: use --k 0 or another model.")
 
 
 def check_model(path, tokenizer, flag, tokens=0, asked="", head=False):
@@ -221,6 +241,7 @@ def gvm_settings(folder, flag="--value_model"):
     def checked(settings):
         wrong = [name for name, kind in GVM_SETTINGS.items() if not isinstance(settings[name], kind)
                  or (kind is int and settings[name] < (name == "context"))]
+        date_of(settings)
         if wrong:
             raise ValueError(f"gvm.json: wrong {', '.join(wrong)}")
         return settings
@@ -236,18 +257,24 @@ GVM_SETTINGS = {  # name in gvm.json: type
     **dict.fromkeys(("base_model", "chat_template", "tokenizer_fingerprint"), str), "reward": dict}
 
 
-def reward_scale(folder, flag="--reward_model"):
-    """(center, scale) of the scores, as train_rm.py recorded them; (0, 1) for any other model."""
+def rm_settings(folder, flag="--reward_model"):
+    """rm.json of a folder that train_rm.py wrote; {} for any other model, whose scores keep their scale."""
     if not os.path.lexists(Path(folder) / "rm.json"):
-        return 0.0, 1.0
+        return {}
 
-    def scale_of(settings):
-        center, scale = float(settings["center"]), float(settings["scale"])
+    def checked(settings):
+        center, scale, date = float(settings["center"]), float(settings["scale"]), date_of(settings)
         if not (math.isfinite(center) and 0 < scale < math.inf):
             raise ValueError(f"center {center}, scale {scale}")
-        return center, scale
+        return {"center": center, "scale": scale, "date": date}
     return read_object(Path(folder) / "rm.json", f"{flag} {folder}: its rm.json cannot be read",
-                       "train it again", scale_of)
+                       "train it again", checked)
+
+
+def reward_scale(folder, flag="--reward_model"):
+    """(center, scale) of the scores, as train_rm.py recorded them; (0, 1) for any other model."""
+    settings = rm_settings(folder, flag)
+    return settings.get("center", 0.0), settings.get("scale", 1.0)
 
 
 def tokenizer_fingerprint(tokenizer):

@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 
 from plumbing.errors import BadInput
 from plumbing.files import read_object
+from plumbing.texts import start_date
 
 LOCKS = {}  # place of a lock file -> the lock; it goes with the process, however that ends
 
@@ -20,6 +21,7 @@ def output_folder(args):
     stage = Path(inspect.getfile(type(args))).stem.removeprefix("train_")
     out = Path(args.output_dir or Path("runs") / Path(args.model).name / stage)
     take_lock(out / ".lock", f"--output_dir {out}")
+    start_date(out, args.resume)
     return out
 
 

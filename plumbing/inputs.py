@@ -4,9 +4,9 @@ import math
 
 from transformers import AutoModelForTokenClassification
 
-from common import load_tokenizer
+from common import load_reward_tokenizer, load_tokenizer
 from plumbing.args import load_plug
-from plumbing.checks import (check_class, check_model, gvm_settings, rendered_end, reward_scale,
+from plumbing.checks import (check_class, check_model, check_tau, gvm_settings, rendered_end,
                              tokenizer_fingerprint)
 from plumbing.deepspeed_config import ds_config
 from plumbing.errors import BadInput
@@ -42,9 +42,12 @@ def gvm_stage_inputs(args, world):
         raise BadInput(f"--lora_r {args.lora_r} must be at least 1, --gamma {args.gamma:g} above 0 and "
                        f"--score_min {args.score_min:g} below --score_max {args.score_max:g}.")
     if args.reward_model:
-        check_model(args.reward_model, load_tokenizer(args.reward_model, "--reward_model"), "--reward_model",
-                    args.max_length, f"--max_length {args.max_length}", head=True)
-    return stage_inputs(args, world, head=AutoModelForTokenClassification)
+        load_reward_tokenizer(args.reward_model, "--reward_model", args.max_length,
+                              f"--max_length {args.max_length}")
+    sft, tokenizer, *rest = stage_inputs(args, world, head=AutoModelForTokenClassification)
+    if args.k:
+        check_tau(tokenizer, f"--k {args.k}", sft, "--sft_model")
+    return sft, tokenizer, *rest
 
 
 def split_batch(batch_size, micro_batch, world):
@@ -119,7 +122,7 @@ def gvm_inputs(args, sft, tokenizer):
     if settings["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
         raise BadInput(f"--value_model {folder}: it was trained with another tokenizer than {sft} has; train "
                        f"a GVM on this SFT model.")
-    tokenizer.chat_template = settings["chat_template"]
+    tokenizer.chat_template, tokenizer.date = settings["chat_template"], settings.get("date")
     rendered_end(tokenizer, folder, "--value_model")
     settings["on_sft"] = settings["base_model"] == model_place(sft)
     return folder, settings
@@ -134,8 +137,7 @@ def reward_inputs(args):
         return None
     rm = stage_folder(args.model, "rm", args.reward_model, "--reward_model",
                       f"train_rm.py --model {args.model}")
-    check_model(rm, load_tokenizer(rm, "--reward_model"), "--reward_model", *room(args), head=True)
-    reward_scale(rm)
+    load_reward_tokenizer(rm, "--reward_model", *room(args))
     return rm
 
 
@@ -143,7 +145,7 @@ def critic_inputs(args, sft, rm, tokenizer):
     """The folder that the critic starts from, checked: --critic_model, the reward model, or the SFT model."""
     folder = args.critic_model or rm or sft
     flag = "--critic_model" if args.critic_model else "--reward_model"
-    its_tokenizer = load_tokenizer(folder, flag)
+    its_tokenizer = load_tokenizer(folder, flag, asks=False)
     check_model(folder, its_tokenizer, flag, *room(args), head=True)
     check_class(AutoModelForTokenClassification, base_of(folder), flag)
     if tokenizer_fingerprint(its_tokenizer) != tokenizer_fingerprint(tokenizer):

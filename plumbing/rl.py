@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForTokenClassification
 
-from common import (chat_ids, cut_pair, disable_dropout, freeze, load_gvm, load_reward_model, load_tokenizer,
-                    load_value_base, reward_scores, row_seed, value_head)
+from common import (chat_ids, cut_pair, disable_dropout, freeze, load_gvm, load_reward_model,
+                    load_reward_tokenizer, load_value_base, reward_scores, row_seed, value_head)
 from plumbing.args import load_plug
 from plumbing.checks import check_finite, pretrained, tokenizer_fingerprint
 from plumbing.deepspeed_config import dtype_of
 from plumbing.errors import BadInput, writing
 from plumbing.folders import base_of
 from plumbing.ranks import all_sum, gather_rows, print0
+from plumbing.texts import legible, readable, text_ids
 
 
 # ---- tau ---------------------------------------------------------------------------------------------------
@@ -23,7 +24,8 @@ from plumbing.ranks import all_sum, gather_rows, print0
 def fit_tau(pairs, rows, settings, run):
     """tau as (question, answer) texts, cut to their token limits; without the first pairs where the longest
     row of all ranks would not fit into the GVM's context behind them. pairs: rows with an answer"""
-    pairs = [cut_pair(run.tokenizer, row["prompt"], row["response"], settings) for row in pairs]
+    pairs = [cut for row in pairs
+             if (cut := readable(cut_pair, run.tokenizer, row["prompt"], row["response"], settings))]
     for first in range(len(pairs)):
         longest = max(len(chat_ids(run.tokenizer, row["prompt"], pairs[first:])) + len(row["response_ids"])
                       for row in rows)
@@ -72,7 +74,7 @@ def load_reward(rm, config, run, model=None):
             model, *of_its_own = load_reward_model(rm, dtype_of(config))  # tokenizer, center, scale
             model = freeze(model, config, run.device)
         else:
-            of_its_own = load_tokenizer(rm, "--reward_model"), 0.0, 1.0
+            of_its_own = load_reward_tokenizer(rm), 0.0, 1.0
         score = lambda rows, policy: model_scores((model, *of_its_own), rows, run)
 
     def reward(rows, policy):
@@ -87,18 +89,17 @@ def load_reward(rm, config, run, model=None):
 def model_scores(reward_model, rows, run):
     """Standardized score of each row's answer, a list of floats.
 
-    reward_model: what load_reward_model returns. One with the policy's vocabulary and EOS reads the sampled
-    ids. Another one reads the text in its own tokens, with an EOS where the answer ended.
+    reward_model: what load_reward_model returns. One with the policy's vocabulary reads the sampled ids, with
+    its own EOS where the answer ended. Another one reads the text in its own tokens.
     """
     model, tokenizer, center, scale = reward_model
-    if (tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(run.tokenizer)
-            and tokenizer.eos_token_id == run.tokenizer.eos_token_id):
-        answers = [row["response_ids"] for row in rows]
-    else:
-        answers = [tokenizer(row["response"], add_special_tokens=False).input_ids
-                   + [tokenizer.eos_token_id] * (not row["truncated"]) for row in rows]
-    scores = reward_scores(model, tokenizer, [(row["prompt"], ids) for row, ids in zip(rows, answers)],
-                           run.device, run.args.micro_batch)
+    same, chats = tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(run.tokenizer), []
+    for row in rows:
+        end, text = 0 if row["truncated"] else 1, legible(tokenizer, row["response"])
+        sampled = row["response_ids"][:len(row["response_ids"]) - end]
+        ids = sampled if same else text_ids(tokenizer, text)
+        chats.append((row["prompt"], ids + [tokenizer.eos_token_id] * end, text))
+    scores = reward_scores(model, tokenizer, chats, run.device, run.args.micro_batch)
     return [(x - center) / scale for x in scores]
 
 

@@ -50,7 +50,7 @@ def run_label(words, **changes):
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-# ---- what is in the file ----
+# ---- what is in the file -----------------------------------------------------------------------------------
 
 def test_the_file_is_ultrafeedback_with_the_policies_names(words, data):
     """Every prompt of the shares but SFT, three of the four policies each, in a schema of read_data."""
@@ -171,6 +171,20 @@ def test_cut_answers_and_groups_are_marked(words, data, chain):
     assert not any("group" in row for row in again)
 
 
+def test_a_warning_where_most_answers_are_cut(words, capsys):
+    """An end of turn that the model's files do not name shows in this."""
+    warned = "% cut at --response_length; warning: that is most of them"
+    for length in (1, 24):
+        rows, cut = run_label(words, prompts=12, response_length=length, out=f"{length}.jsonl",
+                              allow_dropped=True), {}
+        for completion in (c for row in rows for c in row["completions"]):
+            cut.setdefault(completion["model"], []).append(completion["truncated"])
+        said = capsys.readouterr().out.splitlines()
+        found = [line.split(":")[0].strip() for line in said if warned in line]
+        assert sorted(found) == sorted(p for p, flags in cut.items() if sum(flags) > len(flags) / 2)
+        assert (len(found) == 4) == (length == 1)
+
+
 def test_without_policies_the_sft_model_answers(words, chain, tmp_path):
     """runs/<model name>/sft where there is one, else the model itself."""
     del words["policies"]
@@ -223,7 +237,7 @@ def test_what_cannot_be_labelled_is_counted(words, capsys):
         run_label(words, data="chats.jsonl", out="other.jsonl")
 
 
-# ---- the stages read it ----
+# ---- the stages read it ------------------------------------------------------------------------------------
 
 def test_gvm_dvpo_and_dpo_run_on_the_file_unchanged(words, chain, flags, tmp_path):
     """With the file's scores as rewards, and tau of its policies' names."""
@@ -240,7 +254,7 @@ def test_gvm_dvpo_and_dpo_run_on_the_file_unchanged(words, chain, flags, tmp_pat
         assert metrics(tmp_path / stage)[-1]["grad_norm"] > 0
 
 
-# ---- interruptions ----
+# ---- interruptions -----------------------------------------------------------------------------------------
 
 def cut_after(batches, monkeypatch, what="generate"):
     """The run dies after so many batches."""
@@ -400,7 +414,7 @@ def test_two_ranks_write_the_file_of_one(words, tmp_path):
     assert {path.name for path in tmp_path.glob("two*")} == {"two.jsonl", "two.jsonl.settings"}
 
 
-# ---- bad input ----
+# ---- bad input ---------------------------------------------------------------------------------------------
 
 def constant_rm(words, tmp_path):
     """A reward model whose head is zero."""
