@@ -41,9 +41,10 @@ from plumbing.checks import check_model, fingerprint
 from plumbing.data import prompt_text, read_data, report_drops, split_of
 from plumbing.errors import BadInput
 from plumbing.folders import stage_folder, take_lock
+from plumbing.kept import appended, kept_lines
 from plumbing.ranks import all_sum, init_distributed, print0
 from evaluate import split_words
-from judge import appended, kept_lines, settings_that_differ, write_whole
+from judge import settings_that_differ, write_whole
 
 SHARES = ("sft", "value", "rl", "test")
 SCORING = {"reward_model", "answers"}  # settings that change no sampled answer
@@ -148,7 +149,7 @@ class Kept:
         """Every rank gets what all of them have written."""
         dist.barrier()
         for path in self.files():
-            rows, size = kept_lines(path)
+            rows, size = kept_lines(path, "key")
             self.rows.update((row["key"], row) for row in rows)
             self.size = size if path == self.path else self.size
         dist.barrier()  # nobody writes before all have read

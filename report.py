@@ -27,6 +27,7 @@ import numpy as np
 from plumbing.args import parse_args
 from plumbing.data import text_of
 from plumbing.errors import BadInput, one_line
+from plumbing.kept import check_ours
 from evaluate import draw_band, limit_of, named_paths, read_metrics, split_words, token_spans
 from judge import read_answers, read_questions
 
@@ -302,6 +303,7 @@ def values_section(args):
 
 def main(argv=None):
     args = parse_args(Args, sys.argv[1:] if argv is None else argv)
+    check_ours("--out", args.out, rb'<!doctype html>\n<html lang="en"><head>.{,50}Content-Security-Policy')
     head = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'

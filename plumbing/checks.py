@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from plumbing.errors import BadInput, loading, one_line
 from plumbing.folders import base_of
+from plumbing.limits import check_limits
 from plumbing.ranks import gather_rows
 
 
@@ -38,6 +39,8 @@ def load_weights(cls, path, flag, new_head=False, **kwargs):
 def rendered_end(tokenizer, path, flag):
     """What the chat template puts behind an assistant's text; BadInput where it fails or leaves that out."""
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
+    check_limits(lambda: tokenizer.apply_chat_template(chat, tokenize=False),
+                 f"{flag} {path}: its chat template")
     try:
         before, answer, tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")
         if not answer:
