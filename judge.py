@@ -366,7 +366,8 @@ def verdict(mode, text):
     mark, form = VERDICTS[mode]
     line = ([line for line in (text or "").splitlines() if re.search(mark, line)] or [""])[-1]
     found = re.fullmatch(form, line if mode == "score" else line[max(0, line.rfind("[[")):])
-    brackets = {inside.strip() for inside in re.findall(r"\[\[([^][]*)", line) if re.match(mark, f"[[{inside}")}
+    brackets = {inside.strip() for inside in re.findall(r"\[\[([^][]*)", line)
+                if re.match(mark, f"[[{inside}")}
     if not found or (mode != "score" and brackets != {found[1]}):
         return None
     if mode == "pair":
