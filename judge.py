@@ -452,6 +452,9 @@ def ask_endpoint(todo, ask, parallel, keep):
                     keep(waiting[future], future.result())
                 except Failed as e:
                     failed[str(e)] += 1
+                    if len(kept) == failed.total() == 20:  # an hour may go by before all have failed
+                        raise BadInput(f"--judge_url: the first 20 requests all failed ({e}); check the "
+                                       f"address and --judge_model.") from None
         except BaseException:  # Ctrl-C, a wrong key: nothing more is asked, what is under way is paid for
             pool.shutdown(wait=True, cancel_futures=True)
             for future in set(waiting) - kept:

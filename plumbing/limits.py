@@ -6,7 +6,7 @@ import signal
 
 from plumbing.errors import BadInput
 
-SECONDS, MEMORY, LETTERS = 10, 1 << 30, 1_000_000
+SECONDS, MEMORY, LETTERS = 10, 1 << 28, 1_000_000
 
 
 def check_limits(render, what):
@@ -30,4 +30,4 @@ def check_limits(render, what):
             os._exit(status)
     if os.waitpid(child, 0)[1]:
         raise BadInput(f"{what}: on one short question it takes more than {SECONDS} seconds, "
-                       f"{MEMORY >> 30} GiB or {LETTERS:,} letters; choose another model or mend it.")
+                       f"{MEMORY >> 20} MiB or {LETTERS:,} letters; choose another model or mend it.")

@@ -441,6 +441,12 @@ def test_nobody_listens(files):
         ask(SimpleNamespace(url="http://127.0.0.1:9/v1"), files, "--retries", 1)
 
 
+def test_a_server_that_is_down_is_not_asked_everything(files, tmp_path):
+    many = [alpaca(tmp_path / f"{name}.json", name, [f"{name} {i}" for i in range(60)]) for name in "ab"]
+    with pytest.raises(BadInput, match="the first 20 requests all failed"):
+        ask(SimpleNamespace(url="http://127.0.0.1:9/v1"), many, "--retries", 0, "--parallel", 1)
+
+
 def test_a_redirection_ends_at_once_and_takes_no_key_elsewhere(files, serve):
     other = serve(likes_good)
     server = serve(lambda *args: reply(b"", 307, Location=f"{other.url}/{KEY}"))
@@ -571,6 +577,11 @@ def test_answers_of_weights_that_have_changed_are_not_taken(chain, tmp_path):
     (["meta", "--labels", "label.jsonl"], "label.jsonl:1: needs texts"), (["table"], "runs/toy holds no"),
     (["generate", "--questions", "id.jsonl"], "id.jsonl: not a question file"),
     (["generate", "--mode", "pair"], "--mode is a flag of"),
+    (["judge", "--timeout", "nan"], "--timeout nan"), (["judge", "--timeout", "1e300"], "--timeout 1e"),
+    (["judge", "--parallel", "0"], "--parallel 0"), (["judge", "--retries", "1000000000"], "--retries 1e"),
+    (["judge", "--verdicts", "."], "not a file"), (["judge", "--verdicts", "v\udcff.jsonl"], "--verdicts"),
+    (["generate", "--out", "o\udcff.json"], "--out 'o.udcff.json': not UTF-8"),
+    (["generate", "--policy", "a" * 5000], "--policy 'aaa"),
     (["rank", "--response_length", "8"], "--response_length")])
 def test_bad_input_is_one_sentence(words, part, files, tmp_path):
     for name, text in (("bad", "{\n"), ("empty", '{"uid": "a", "messages": []}\n'),
