@@ -85,7 +85,7 @@ class Args:
     judge_tokens: int = 512  # judge, table, meta: longest verdict [tokens]
     parallel: int = 8  # judge, table, meta: how many requests are sent at the same time
     retries: int = 6  # judge, table, meta: how often to repeat a request after 429, 5xx or a timeout
-    timeout: float = 120.0  # judge, table, meta: longest wait for one answer [seconds]
+    timeout: float = 120.0  # judge, table, meta: longest wait for one whole answer [seconds]
     verdicts: str = "verdicts.jsonl"  # judge, table, meta: file that keeps what the judge said
     dry_run: bool = False  # judge, table, meta: only count the requests and tokens
     json: str = ""  # judge, table, rank, meta: write the results to this file

@@ -347,10 +347,8 @@ FLAGS = [
       for text in (b"{{ 'a' * 10 ** 10 }}", b"{{ 'a' * 10 ** 7 }}", b"{{ ('a' * 10 ** 9)|length }}",
                    b"{% set n = namespace(x='a') %}"
                    b"{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}")),
-    *((stage, lambda w: {"output_dir": copy(w, w.model)}, "--output_dir .*: its .* not of a run of ours")
+    *((stage, lambda w: {"output_dir": copy(w, w.model)}, "--output_dir .*: a model lies here that is of no")
       for stage in (train_gvm, train_remax)),
-    (sft, lambda w: {"output_dir": file(w, "mine", "metrics.jsonl").parent},
-     "--output_dir .*its metrics.jsonl"),
     (sft, {"learning_rate": 1}, "--learning_rate"),
     (sft, {"micro": 1}, "--micro"),  # the beginning of a flag's name is not the flag
     (sft, {"lr": "high"}, "--lr"),

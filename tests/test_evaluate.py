@@ -316,7 +316,8 @@ def test_values_command(world_dir):
     assert np.isclose(first, second, atol=1e-6)  # nothing said yet, one tau
     assert "bad (score 2)" in (world_dir / "v.html").read_text()
     typed = run("values", world_dir, *on(world_dir), "--question", "what is n1 ?",
-                "--responses", "yes n1", "no", "it is n1", "--tau_policy", "bad", "--html", world_dir / "v.html")
+                "--responses", "yes n1", "no", "it is n1", "--tau_policy", "bad",
+                "--html", world_dir / "v.html")
     assert "what is n1 ?" in (world_dir / "v.html").read_text()  # an earlier page is written over
     assert [a["text"] for a in typed["responses"]] == ["yes n1", "no", "it is n1"]
     assert all(answer.startswith("no") for _, answer in typed["tau"])

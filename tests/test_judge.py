@@ -546,8 +546,13 @@ def test_answers_are_written_over_nothing_of_others(name, text, chain, tmp_path)
 def test_a_file_that_came_while_answers_were_sampled_is_left_alone(chain, tmp_path, monkeypatch):
     """Interrupted after the first batch; then somebody writes to the place of --out."""
     real, calls = judge.generate, []
-    monkeypatch.setattr(judge, "generate", lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1]
-                        if not calls else (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def cut(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+    monkeypatch.setattr(judge, "generate", cut)
     with pytest.raises(KeyboardInterrupt):
         generate_to(tmp_path / "o.json", "alpaca_eval", tmp_path, chain.sft)
     (tmp_path / "o.json").write_text("mine")
