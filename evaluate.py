@@ -42,12 +42,13 @@ from tqdm import tqdm  # comes with transformers
 
 from common import (answer_ids, chat_ids, collate, cut_pair, generate, keyed_rng, load_gvm, load_policy,
                     load_reward_model, load_reward_tokenizer, load_tokenizer, reward_scores)
-from plumbing.args import command_args, load_plug
+from plumbing.args import command_args, load_numbers, load_plug
 from plumbing.checks import check_model, finite, gvm_settings, tokenizer_fingerprint, weights_fingerprint
 from plumbing.data import has_policy_names, preference_pair, prompt_text, read_data, split_of
 from plumbing.errors import BadInput
 from plumbing.files import check_place, read_rows, write_whole
 from plumbing.folders import stage_folder
+from plumbing.kept import RESULTS, check_ours
 from plumbing.ranks import init_distributed
 from plumbing.rows import responses_that_fit, reward_chat, reward_fits
 from plumbing.table import percent, plus_minus, print_table, win_tie_lose
@@ -478,7 +479,7 @@ def answers_of(folder, prompts, truth, tokenizer, args, device):
              "truncated": not ended(tokenizer, ids), "kl": None, "scores": {}}
             for row, ids in zip(prompts, answers)]
     for row, score in zip(rows, truth(rows, policy, tokenizer) if truth else ()):
-        row["scores"]["truth"] = float(score)
+        row["scores"]["truth"] = score
     if args.temperature > 0:
         for row, logp in zip(rows, sequence_logprobs(policy, rows, tokenizer, args, device)):
             row["logp"] = logp
@@ -528,7 +529,7 @@ def evaluate_policy(args, device):
     if len(dict(named)) < len(named):
         raise BadInput("--policies: two of them have one name; give each its own.")
     first, reference = named[0]
-    truth = load_plug(args.truth_fn, "--truth_fn") if args.truth_fn else None
+    truth = load_numbers(args.truth_fn, "--truth_fn") if args.truth_fn else None
     tokenizer = load_tokenizer(reference, "--policies")
     if args.reward_model:
         reader = load_reward_tokenizer(args.reward_model)
@@ -621,11 +622,15 @@ def draw_band(axis, metric, label, seeds):
     return steps, mean, std
 
 
+PICTURE = rb"\x89PNG.{,100}evaluate\.py plot"
+
+
 def evaluate_plot(args, device):
     from matplotlib.figure import Figure
-    runs, result = defaultdict(dict), defaultdict(dict)
     args.png = args.png or "curves.png"
+    check_ours("--png", args.png, PICTURE)
     check_place(args.png, "--png")  # before the work
+    runs, result = defaultdict(dict), defaultdict(dict)
     for label, path in named_paths("--runs", args.runs, ("dvpo", "ppo"), "metrics.jsonl", args):
         path = path if path.endswith(".jsonl") else f"{path}/metrics.jsonl"
         runs[label][path] = read_metrics(path)
@@ -640,7 +645,8 @@ def evaluate_plot(args, device):
                                      "last": float(mean[-1]), "highest": float(mean.max())}
         axis.set(title=metric, xlabel="step")
         axis.legend()
-    figure.savefig(picture := io.BytesIO(), dpi=120, format="png")
+    figure.savefig(picture := io.BytesIO(), dpi=120, format="png",
+                   metadata={"Software": "evaluate.py plot"})
     return {"curves": result, "files": {"png": picture.getvalue()}}
 
 
@@ -654,6 +660,8 @@ def show_plot(result):
 # ---- command line ------------------------------------------------------------------------------------------
 
 COMMANDS = {"gvm": evaluate_gvm, "values": evaluate_values, "policy": evaluate_policy, "plot": evaluate_plot}
+OUTPUTS = {"json": RESULTS, "html": re.escape(PAGE[:200].encode()),  # flag: how what it names begins
+           "out": rb'\{"policy": ".*?", "prompt": ', "png": PICTURE}
 TABLES = {"gvm": show_gvm, "policy": show_policy, "plot": show_plot}  # `values` prints its texts itself
 
 
@@ -675,7 +683,7 @@ def split_words(flag, specs):
 
 
 def main(argv=None):
-    command, args = command_args(Args, COMMANDS, argv, outputs=("json", "html", "out", "png"))
+    command, args = command_args(Args, COMMANDS, argv, outputs=OUTPUTS)
     device = init_distributed()[2] if command != "plot" else None
     result = {"command": command, "args": vars(args), **COMMANDS[command](args, device)}
     files = result.pop("files", {})

@@ -40,12 +40,13 @@ from plumbing.args import parse_args
 from plumbing.checks import check_model, fingerprint
 from plumbing.data import prompt_text, read_data, report_drops, split_of
 from plumbing.errors import BadInput
+from plumbing.files import write_whole
 from plumbing.folders import stage_folder, take_lock
+from plumbing.kept import appended, kept_lines, settings_that_differ
 from plumbing.ranks import all_sum, init_distributed, print0
 from plumbing.rows import reward_chat, reward_fits
 from plumbing.texts import answer_text, ended, readable
 from evaluate import split_words
-from judge import appended, kept_lines, settings_that_differ, write_whole
 
 SHARES = ("sft", "value", "rl", "test")
 SCORING = {"reward_model", "answers"}  # settings that change no sampled answer
@@ -152,7 +153,7 @@ class Kept:
         """Every rank gets what all of them have written."""
         dist.barrier()
         for path in self.files():
-            rows, size = kept_lines(path)
+            rows, size = kept_lines(path, "key")
             self.rows.update((row["key"], row) for row in rows)
             self.size = size if path == self.path else self.size
         dist.barrier()  # nobody writes before all have read

@@ -27,6 +27,7 @@ from plumbing.args import parse_args
 from plumbing.data import text_of
 from plumbing.errors import BadInput, one_line
 from plumbing.files import check_place, read_object, write_whole
+from plumbing.kept import check_ours
 from evaluate import draw_band, limit_of, named_paths, read_metrics, split_words, token_spans
 from judge import read_answers, read_questions
 
@@ -294,6 +295,7 @@ def values_section(args):
 
 def main(argv=None):
     args = parse_args(Args, sys.argv[1:] if argv is None else argv)
+    check_ours("--out", args.out, rb'<!doctype html>\n<html lang="en"><head>.{,50}Content-Security-Policy')
     check_place(args.out, "--out")
     head = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'

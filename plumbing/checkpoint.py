@@ -60,6 +60,9 @@ class Checkpoints:
             if Path(out).resolve() == Path(model).resolve():
                 raise BadInput(f"--output_dir {out}: a model that this run reads lies here; choose another "
                                f"folder.")
+        if (Path(out) / "config.json").exists() and not (Path(out) / "args.json").exists():
+            raise BadInput(f"--output_dir {out}: a model lies here that is of no run of ours (no args.json) "
+                           f"and would be replaced; choose another folder.")
         self.folder, self.args = Path(out) / "checkpoints", args
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in MAY_DIFFER}

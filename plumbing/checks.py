@@ -17,6 +17,7 @@ from transformers.utils import cached_file, SAFE_WEIGHTS_INDEX_NAME
 from plumbing.errors import BadInput, loading, one_line
 from plumbing.files import read_object
 from plumbing.folders import base_of, model_place
+from plumbing.limits import check_limits
 from plumbing.ranks import gather_rows, print0
 from plumbing.texts import BadText, date_of, render
 
@@ -140,6 +141,8 @@ def rendered_end(tokenizer, path, flag, asks=True):
     """What the chat template puts behind an assistant's text; BadInput where it fails or leaves texts out.
     asks: whether prompts are rendered, too, which must end with what stands before an answer"""
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
+    check_limits(lambda: tokenizer.apply_chat_template(chat, tokenize=False),
+                 f"{flag} {path}: its chat template")
     try:
         before, answer, tail = render(tokenizer, chat, prompt=False).rpartition("ANSWER")
         before = before.strip()

@@ -21,7 +21,9 @@ def made_by(path):
 
 
 def one_line(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """The beginning of a foreign text, without what a terminal would take for a command or cannot show."""
+    text = " ".join(str(error).split())[:200]
+    return "".join(c if c.isprintable() else "?" for c in text) or type(error).__name__
 
 
 @contextlib.contextmanager

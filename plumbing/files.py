@@ -200,6 +200,7 @@ def write_whole(path, content, then="then run this again"):
     target, part = places(path)
     content = content if isinstance(content, bytes) else content.encode("utf-8", "replace")
     with writing(path, then):
+        target.parent.mkdir(parents=True, exist_ok=True)
         if part == target:
             target.write_bytes(content)
             return

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForTokenClassification
 
 from common import (chat_ids, cut_pair, disable_dropout, freeze, load_gvm, load_reward_model,
                     load_reward_tokenizer, load_value_base, reward_scores, row_seed, value_head)
-from plumbing.args import load_plug
+from plumbing.args import load_numbers, load_plug, numbers_of
 from plumbing.checks import check_finite, pretrained, tokenizer_fingerprint
 from plumbing.deepspeed_config import dtype_of
 from plumbing.errors import BadInput, writing
@@ -38,7 +38,7 @@ def fit_tau(pairs, rows, settings, run):
 
 def load_truth(args):
     """--truth_fn as a function (rows, policy, run) -> mean over all ranks; None without."""
-    plug = load_plug(args.truth_fn, "--truth_fn") if args.truth_fn else None
+    plug = load_numbers(args.truth_fn, "--truth_fn") if args.truth_fn else None
 
     def truth(rows, policy, run):
         total, count = all_sum(sum(plug(rows, policy, run.tokenizer)), len(rows), device=run.device)
@@ -51,10 +51,11 @@ def load_value_fn(policy, run):
     plug = load_plug(run.args.value_fn, "--value_fn")
 
     def values(rows, tau):
-        found = list(plug(rows, policy, run.tokenizer))
+        found = plug(rows, policy, run.tokenizer)
+        found = [numbers_of(values) for values in (found if hasattr(found, "__iter__") else ())]
         if [len(values) for values in found] != [1 + len(row["response_ids"]) for row in rows]:
-            raise BadInput(f"--value_fn {run.args.value_fn}: it must return, for each row, one value more "
-                           f"than the response has tokens.")
+            raise BadInput(f"--value_fn {run.args.value_fn}: it must return, for each row, one finite value "
+                           f"more than the response has tokens.")
         longest = max(map(len, found))
         return torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in found], device=run.device)
     return values
@@ -67,8 +68,8 @@ def load_reward(rm, config, run, model=None):
     model: in place of the one in the folder rm, and standardized already
     """
     if run.args.reward_fn:
-        plug = load_plug(run.args.reward_fn, "--reward_fn")
-        score = lambda rows, policy: [float(x) for x in plug(rows, policy, run.tokenizer)]
+        plug = load_numbers(run.args.reward_fn, "--reward_fn")
+        score = lambda rows, policy: plug(rows, policy, run.tokenizer)
     else:
         if model is None:
             model, *of_its_own = load_reward_model(rm, dtype_of(config))  # tokenizer, center, scale
@@ -77,13 +78,7 @@ def load_reward(rm, config, run, model=None):
             of_its_own = load_reward_tokenizer(rm), 0.0, 1.0
         score = lambda rows, policy: model_scores((model, *of_its_own), rows, run)
 
-    def reward(rows, policy):
-        found = score(rows, policy)
-        if len(found) != len(rows):
-            raise BadInput(f"--reward_fn returned {len(found)} rewards for {len(rows)} rows: it must return "
-                           f"one for each.")
-        return torch.tensor(found, device=run.device)
-    return reward
+    return lambda rows, policy: torch.tensor(score(rows, policy), device=run.device)
 
 
 def model_scores(reward_model, rows, run):

@@ -316,7 +316,9 @@ def test_values_command(world_dir):
     assert np.isclose(first, second, atol=1e-6)  # nothing said yet, one tau
     assert "bad (score 2)" in (world_dir / "v.html").read_text()
     typed = run("values", world_dir, *on(world_dir), "--question", "what is n1 ?",
-                "--responses", "yes n1", "no", "it is n1", "--tau_policy", "bad")
+                "--responses", "yes n1", "no", "it is n1", "--tau_policy", "bad",
+                "--html", world_dir / "v.html")
+    assert "what is n1 ?" in (world_dir / "v.html").read_text()  # an earlier page is written over
     assert [a["text"] for a in typed["responses"]] == ["yes n1", "no", "it is n1"]
     assert all(answer.startswith("no") for _, answer in typed["tau"])
 
@@ -338,7 +340,8 @@ def test_policy_command(world_dir):
     assert np.isclose(np.mean([x["kl"] for x in answers if x["policy"] == "other"]), other["kl"]["mean"])
     assert all(split_of(x["prompt"][0]["content"], 0) == "test" for x in answers)
     greedy = run("policy", world_dir, *on(world_dir), "--response_length", 3, "--temperature", 0,
-                 "--policies", policies[0])
+                 "--policies", policies[0], "--out", world_dir / "answers.jsonl")
+    assert len((world_dir / "answers.jsonl").read_text().splitlines()) < 30  # and earlier answers
     assert greedy["policies"]["a"]["kl"] is None
 
 
@@ -367,6 +370,14 @@ def metrics_file(path, values, name="gvm/mean"):
     return path
 
 
+def test_somebody_elses_curves_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "curves.png").write_bytes(b"\x89PNG mine")
+    with pytest.raises(BadInput, match="--png curves.png: a file that this command did not write"):
+        run("plot", tmp_path, "--runs", f"x={metrics_file(tmp_path / 'm.jsonl', [0, 1])}")
+    assert (tmp_path / "curves.png").read_bytes() == b"\x89PNG mine"
+
+
 def test_plot_command(tmp_path):
     one = metrics_file(tmp_path / "1" / "metrics.jsonl", [0, 1, 2, 3])
     two = metrics_file(tmp_path / "2.jsonl", [2, 3, 4])
@@ -376,7 +387,10 @@ def test_plot_command(tmp_path):
     x = found["curves"]["gvm/mean"]["x"]
     assert x == {"seeds": 2, "steps": 3, "first": 1.0, "last": 3.0, "highest": 3.0}
     assert found["curves"]["sometimes"]["y"]["steps"] == 1
-    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    picture = (tmp_path / "p.png").read_bytes()
+    assert picture[:4] == b"\x89PNG"
+    run("plot", tmp_path, "--runs", f"x={one.parent}", "--png", tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes() != picture  # an earlier picture is written over
     runs = {"a": {"m": {0: 0.0, 1: 1.0}}, "b": {"m": {1: 3.0, 2: 5.0}}}
     steps, mean, std = evaluate.mean_and_band("m", "x", runs)
     assert steps == [1] and mean.tolist() == [2.0] and std.tolist() == [1.0]
