@@ -50,7 +50,7 @@ def run_label(words, **changes):
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-# ---- what is in the file -----------------------------------------------------------------------------------
+# ---- what is in the file ----
 
 def test_the_file_is_ultrafeedback_with_the_policies_names(words, data):
     """Every prompt of the shares but SFT, three of the four policies each, in a schema of read_data."""
@@ -237,7 +237,7 @@ def test_what_cannot_be_labelled_is_counted(words, capsys):
         run_label(words, data="chats.jsonl", out="other.jsonl")
 
 
-# ---- the stages read it ------------------------------------------------------------------------------------
+# ---- the stages read it ----
 
 def test_gvm_dvpo_and_dpo_run_on_the_file_unchanged(words, chain, flags, tmp_path):
     """With the file's scores as rewards, and tau of its policies' names."""
@@ -254,7 +254,7 @@ def test_gvm_dvpo_and_dpo_run_on_the_file_unchanged(words, chain, flags, tmp_pat
         assert metrics(tmp_path / stage)[-1]["grad_norm"] > 0
 
 
-# ---- interruptions -----------------------------------------------------------------------------------------
+# ---- interruptions ----
 
 def cut_after(batches, monkeypatch, what="generate"):
     """The run dies after so many batches."""
@@ -414,7 +414,7 @@ def test_two_ranks_write_the_file_of_one(words, tmp_path):
     assert {path.name for path in tmp_path.glob("two*")} == {"two.jsonl", "two.jsonl.settings"}
 
 
-# ---- bad input ---------------------------------------------------------------------------------------------
+# ---- bad input ----
 
 def constant_rm(words, tmp_path):
     """A reward model whose head is zero."""

@@ -303,22 +303,17 @@ def test_a_date_that_is_none_is_one_sentence(date, flags, chain, tmp_path):
 
 # ---- tau of the held-out prompts ---------------------------------------------------------------------------
 
-def test_held_out_values_are_read_under_the_whole_tau(chain, models_folder, monkeypatch):
-    """Not under one that was shortened for a long row of the training batch."""
-    tokenizer = load_tokenizer(models_folder / "llama")
-    tau = [{"prompt": QUESTION, "response": text} for text in ("no .", "yes .")]
-    row = {"prompt": QUESTION, "prompt_ids": chat_ids(tokenizer, QUESTION), "response": "yes .",
-           "response_ids": answer_ids(tokenizer, "yes ."), "group": "g", "truncated": False}
-    pairs = [(QUESTION[0]["content"], text) for text in ("no .", "yes .")]
-    context = len(chat_ids(tokenizer, QUESTION, pairs)) + 4
-    settings = {"tau_question_tokens": 8, "tau_answer_tokens": 8, "context": context}
-    run, seen = run_of(tokenizer, seed=1), []
-    long = {**row, "response_ids": [5] * 12 + [1]}
-    assert len(rl.fit_tau(tau, [long], settings, run)) < 2
-    monkeypatch.setattr(train_dvpo, "rollout", lambda *args: [row])
-    monkeypatch.setattr(train_dvpo, "held_out_metrics", lambda *args, **more: {})
-    scored = SimpleNamespace(batch=None, logp=0, ref_logp=0)
-    monkeypatch.setattr(train_dvpo, "score", lambda models, rows, tau, run: seen.append(tau) or scored)
-    monkeypatch.setattr(train_dvpo, "last_values", lambda scored: torch.zeros(1))
-    train_dvpo.held_out(SimpleNamespace(policy=None), None, [row], tau, settings, run)
-    assert seen == [pairs]
+def test_held_out_values_are_read_under_the_whole_tau(flags, chain, tmp_path, monkeypatch):
+    """tau is fitted to the held-out rows anew, not what a long row of the training batch left of it."""
+    fitted, batches = [], []
+    score, fit = train_dvpo.score, train_dvpo.fit_tau
+
+    def shorten(tau, rows, settings, run):
+        fitted.append(fit(tau, rows, settings, run))
+        return fitted[-1] if len(fitted) % 2 == 0 else []  # the training batch comes first
+    monkeypatch.setattr(train_dvpo, "fit_tau", shorten)
+    monkeypatch.setattr(train_dvpo, "score", lambda *args: batches.append(args[2]) or score(*args))
+    run_stage(train_dvpo, **{**flags.dvpo, "max_steps": 2}, sft_model=chain.sft, value_model=chain.gvm,
+              output_dir=tmp_path, eval_every=1, eval_prompts=4)
+    assert len(batches) == 4 and batches[::2] == [[], []]
+    assert batches[1::2] == fitted[::2] and len(batches[1]) == 2
