@@ -420,8 +420,9 @@ def test_a_row_of_an_earlier_version_kills_no_run(files, serve):
     assert ask(server, files)["unread"] == 1 and len(server.calls) == 12 + 2
 
 
-@pytest.mark.parametrize("url", ["garbage", "http://", "ftp://host/v1", "file:///etc/passwd", "http://h:x/v1",
-                                 "http://[::1", "http:/host", "http://a b/v1", "http://me:pass@127.0.0.1:1/v1"])
+@pytest.mark.parametrize("url", [
+    "garbage", "http://", "ftp://host/v1", "file:///etc/passwd", "http://h:x/v1", "http://[::1", "http:/host",
+    "http://a b/v1", "http://me:pass@127.0.0.1:1/v1"])
 def test_a_garbage_address_ends_at_once(url, files, capsys):
     with pytest.raises(BadInput, match="--judge_url: .*address") as end:
         judge.main(["judge", "--answers", *files, "--judge_url", url, "--judge_model", "m"])
