@@ -586,7 +586,7 @@ def test_answers_of_weights_that_have_changed_are_not_taken(chain, tmp_path):
     (["judge", "--timeout", "nan"], "--timeout nan"), (["judge", "--timeout", "1e300"], "--timeout 1e"),
     (["judge", "--parallel", "0"], "--parallel 0"), (["judge", "--retries", "1000000000"], "--retries 1e"),
     (["judge", "--verdicts", "."], "not a file"), (["judge", "--verdicts", "v\udcff.jsonl"], "--verdicts"),
-    (["generate", "--out", "o\udcff.json"], "--out 'o.udcff.json': not UTF-8"),
+    (["generate", "--out", "o\udcff.json"], "--out 'o\\udcff.json': not UTF-8"),
     (["generate", "--policy", "a" * 5000], "--policy 'aaa"),
     (["rank", "--response_length", "8"], "--response_length")])
 def test_bad_input_is_one_sentence(words, part, files, tmp_path):
