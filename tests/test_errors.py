@@ -578,7 +578,7 @@ OUTPUTS = [  # what writes a file, its words, and how a file begins that is its 
 
 @pytest.mark.parametrize("theirs", ['{"model_type": "llama"}', "<!doctype html>\n<html>", b"\x89PNG\r\n",
                                     '{"policy": "reject"}', "\n"])
-@pytest.mark.parametrize("script, words, ours", OUTPUTS, ids=lambda case: str(case)[-8:])
+@pytest.mark.parametrize("script, words, ours", OUTPUTS, ids=[words[-1] for _, words, _ in OUTPUTS])
 def test_a_file_of_others_is_not_written_over(script, words, ours, theirs, tmp_path, monkeypatch):
     """One's own earlier output is, and an empty file: the runs then end at what they read."""
     monkeypatch.chdir(tmp_path)

@@ -420,8 +420,9 @@ def test_a_row_of_an_earlier_version_kills_no_run(files, serve):
     assert ask(server, files)["unread"] == 1 and len(server.calls) == 12 + 2
 
 
-@pytest.mark.parametrize("url", ["garbage", "http://", "ftp://host/v1", "file:///etc/passwd", "http://h:x/v1",
-                                 "http://[::1", "http:/host", "http://a b/v1", "http://me:pass@127.0.0.1:1/v1"])
+@pytest.mark.parametrize("url", [
+    "garbage", "http://", "ftp://host/v1", "file:///etc/passwd", "http://h:x/v1", "http://[::1", "http:/host",
+    "http://a b/v1", "http://me:pass@127.0.0.1:1/v1"])
 def test_a_garbage_address_ends_at_once(url, files, capsys):
     with pytest.raises(BadInput, match="--judge_url: .*address") as end:
         judge.main(["judge", "--answers", *files, "--judge_url", url, "--judge_model", "m"])
@@ -585,7 +586,7 @@ def test_answers_of_weights_that_have_changed_are_not_taken(chain, tmp_path):
     (["judge", "--timeout", "nan"], "--timeout nan"), (["judge", "--timeout", "1e300"], "--timeout 1e"),
     (["judge", "--parallel", "0"], "--parallel 0"), (["judge", "--retries", "1000000000"], "--retries 1e"),
     (["judge", "--verdicts", "."], "not a file"), (["judge", "--verdicts", "v\udcff.jsonl"], "--verdicts"),
-    (["generate", "--out", "o\udcff.json"], "--out 'o.udcff.json': not UTF-8"),
+    (["generate", "--out", "o\udcff.json"], "--out 'o\\udcff.json': not UTF-8"),
     (["generate", "--policy", "a" * 5000], "--policy 'aaa"),
     (["rank", "--response_length", "8"], "--response_length")])
 def test_bad_input_is_one_sentence(words, part, files, tmp_path):
