@@ -44,7 +44,7 @@ from tqdm import tqdm  # comes with transformers
 from common import (answer_ids, chat_ids, generate, keyed_rng, load_gvm, load_policy, load_reward_model,
                     load_tokenizer, reward_scores)
 from plumbing.args import command_args
-from plumbing.checks import check_model, fingerprint, finite, gvm_settings
+from plumbing.checks import check_model, fingerprint, finite, gvm_settings, read_as_gvm
 from plumbing.data import preference_pair, prompt_text, read_data
 from plumbing.errors import BadInput, one_line
 from plumbing.endpoint import api_key, chat_url, hidden, plain, post, said_in
@@ -733,8 +733,7 @@ def rank_pairs(args, device):
         del model
     if args.value_model:
         tokenizer = load_tokenizer(args.value_model, "--value_model")
-        check_model(settings["base_model"], tokenizer, f"base model of --value_model {args.value_model}:")
-        tokenizer.chat_template, tokenizer.date = settings["chat_template"], settings.get("date")
+        read_as_gvm(tokenizer, settings)
         jobs = [(chat_ids(tokenizer, prompt), answer_ids(tokenizer, text)) for prompt, text in chats]
         longest = max(len(prompt) + len(answer) for prompt, answer in jobs)
         if longest > settings["context"]:

@@ -28,7 +28,8 @@ from plumbing.data import text_of
 from plumbing.errors import BadInput, one_line
 from plumbing.files import check_place, read_object, write_whole
 from plumbing.kept import check_ours
-from evaluate import draw_band, limit_of, named_paths, read_metrics, split_words, token_spans
+from plumbing.page import limit_of, token_spans
+from evaluate import draw_band, named_paths, read_metrics, split_words
 from judge import read_answers, read_questions
 
 

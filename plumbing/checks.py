@@ -141,8 +141,7 @@ def rendered_end(tokenizer, path, flag, asks=True):
     """What the chat template puts behind an assistant's text; BadInput where it fails or leaves texts out.
     asks: whether prompts are rendered, too, which must end with what stands before an answer"""
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
-    check_limits(lambda: tokenizer.apply_chat_template(chat, tokenize=False),
-                 f"{flag} {path}: its chat template")
+    check_limits(lambda: render(tokenizer, chat, prompt=False), f"{flag} {path}: its chat template")
     try:
         before, answer, tail = render(tokenizer, chat, prompt=False).rpartition("ANSWER")
         before = before.strip()
@@ -252,6 +251,13 @@ def gvm_settings(folder, flag="--value_model"):
                            "wrote", "train it again or name another", checked)
     check_head(folder, flag)
     return {**settings, "folder": str(folder)}
+
+
+def read_as_gvm(tokenizer, settings, flag="--value_model"):
+    """Let a tokenizer render as it did while the GVM of gvm_settings was trained: its template, its date."""
+    check_model(settings["base_model"], tokenizer, f"base model of {flag} {settings['folder']}:")
+    tokenizer.chat_template, tokenizer.date = settings["chat_template"], settings.get("date")
+    rendered_end(tokenizer, settings["folder"], flag)
 
 
 GVM_SETTINGS = {  # name in gvm.json: type

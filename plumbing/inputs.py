@@ -6,7 +6,7 @@ from transformers import AutoModelForTokenClassification
 
 from common import load_reward_tokenizer, load_tokenizer
 from plumbing.args import load_plug
-from plumbing.checks import (check_class, check_model, check_tau, gvm_settings, rendered_end,
+from plumbing.checks import (check_class, check_model, check_tau, gvm_settings, read_as_gvm,
                              tokenizer_fingerprint)
 from plumbing.deepspeed_config import ds_config
 from plumbing.errors import BadInput
@@ -114,7 +114,6 @@ def gvm_inputs(args, sft, tokenizer):
     folder = stage_folder(args.model, "gvm", args.value_model, "--value_model",
                           f"train_gvm.py --model {args.model}")
     settings = gvm_settings(folder)
-    check_model(settings["base_model"], tokenizer, f"base model of --value_model {folder}:")
     tokens, asked = room(args)
     if tokens > settings["context"]:
         raise BadInput(f"{asked}: more than the {settings['context']} tokens that --value_model {folder} can "
@@ -122,8 +121,7 @@ def gvm_inputs(args, sft, tokenizer):
     if settings["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
         raise BadInput(f"--value_model {folder}: it was trained with another tokenizer than {sft} has; train "
                        f"a GVM on this SFT model.")
-    tokenizer.chat_template, tokenizer.date = settings["chat_template"], settings.get("date")
-    rendered_end(tokenizer, folder, "--value_model")
+    read_as_gvm(tokenizer, settings)
     settings["on_sft"] = settings["base_model"] == model_place(sft)
     return folder, settings
 

@@ -69,6 +69,8 @@ def render(tokenizer, chat, prompt, **how):
     try:
         return tokenizer.apply_chat_template(chat, chat_template=template, add_generation_prompt=prompt,
                                              **{"tokenize": False, **how})
+    except MemoryError:  # what check_limits looks for
+        raise
     except Exception as e:  # a template is a program of its author's, and can fail in any way
         raise BadText(chat[-1]["content"], f"the chat template fails on it ({one_line(e)})") from None
 

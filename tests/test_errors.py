@@ -26,7 +26,7 @@ import train_ppo
 import train_remax
 import train_rm
 from common import load_tokenizer
-from plumbing import limits, rl
+from plumbing import limits, page as pages, rl
 from plumbing.args import parse_args
 from plumbing.checkpoint import Checkpoints, checksum_of, size_and_checksum
 from plumbing.checks import check_model, gvm_settings, reward_scale
@@ -568,7 +568,7 @@ def test_a_truth_that_is_too_short_ends_a_run_and_an_evaluation(own, flags, chai
 
 OUTPUTS = [  # what writes a file, its words, and how a file begins that is its own
     (evaluate, ["gvm", "--json"], '{\n "command": "gvm",\n "args": {'),
-    (evaluate, ["values", "--html"], evaluate.PAGE),
+    (evaluate, ["values", "--html"], pages.PAGE),
     (evaluate, ["policy", "--out"], '{"policy": "a\\"b", "prompt": []}'),
     (evaluate, ["plot", "--png"], b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + 21 * b"\0"
      + b"tEXtSoftware\0evaluate.py plot"),

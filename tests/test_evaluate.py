@@ -14,6 +14,7 @@ import evaluate
 from common import DEFAULT_CHAT_TEMPLATE, load_value_base
 from plumbing.checks import tokenizer_fingerprint
 from plumbing.data import split_of
+from plumbing import page as pages
 from plumbing.errors import BadInput
 from plumbing.table import print_table
 from toy import bayes, reference, world
@@ -252,7 +253,7 @@ NASTY = {"question": "a < b & \"c\" {x}", "k": 0, "tau_policy": None, "responses
 
 
 def test_page_escapes_every_text_and_shows_every_number():
-    page = evaluate.page(NASTY, -1.0, 1.0)
+    page = pages.page(NASTY, -1.0, 1.0)
     assert "<script>" not in page and "&lt;script&gt;" in page and "alert(&#x27;1&#x27;)" in page
     assert "a &lt; b &amp; &quot;c&quot; {x}" in page and "<h2>&lt;b&gt;:" in page
     assert all(f"<small>{value:+.2f}</small>" in page for value in NASTY["responses"][0]["values"])
@@ -260,13 +261,13 @@ def test_page_escapes_every_text_and_shows_every_number():
 
 
 def test_terminal_text_brings_no_escape_codes_of_the_answer():
-    plain = evaluate.terminal_text(NASTY["responses"][0], -1.0, 1.0, coloured=False)
+    plain = pages.terminal_text(NASTY["responses"][0], -1.0, 1.0, coloured=False)
     assert "<script>[-1.00]" in plain and "\x1b" not in plain
-    assert "\x1b[31m" not in evaluate.terminal_text(NASTY["responses"][0], -1.0, 1.0, coloured=True)
+    assert "\x1b[31m" not in pages.terminal_text(NASTY["responses"][0], -1.0, 1.0, coloured=True)
 
 
 def test_colours_run_from_red_to_green():
-    (low, mid, high), same = [evaluate.colour(v, -1, 1) for v in (-1, 0, 1)], evaluate.colour(2, 2, 2)
+    (low, mid, high), same = [pages.colour(v, -1, 1) for v in (-1, 0, 1)], pages.colour(2, 2, 2)
     assert low[0] > low[1] and high[1] > high[0] and same == mid
     assert all(sum(colour) > 450 for colour in (low, mid, high))  # light enough for black letters
 
@@ -277,7 +278,7 @@ def test_a_character_of_several_tokens_appears_once():
     backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     ids = tokenizer("aé b").input_ids
-    assert len(ids) == 5 and evaluate.token_texts(tokenizer, ids) == ["a", "", "é", " ", "b"]
+    assert len(ids) == 5 and pages.token_texts(tokenizer, ids) == ["a", "", "é", " ", "b"]
 
 
 # ---- the commands ------------------------------------------------------------------------------------------

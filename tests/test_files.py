@@ -191,6 +191,7 @@ def test_a_reward_model_scores_each_trajectory_on_one_rank(world, n, monkeypatch
     model = SimpleNamespace(to=lambda device: None)
     monkeypatch.setattr(rows, "reward_scores", reward_scores)
     monkeypatch.setattr(rows, "load_reward_model", lambda *args: (model, None))
+    monkeypatch.setattr(rows, "weights_fingerprint", lambda folder: "")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
     args = SimpleNamespace(reward="model", reward_model="rm", micro_batch=2)
