@@ -318,9 +318,8 @@ def check_args(args):
 def default_policies(args):
     """The model of sft.py where there is one, else --model itself; none where the answers are given."""
     sft = Path("runs") / Path(args.model).name / "sft"
-    if args.answers:
-        return []
-    return [f"sft={sft}"] if (sft / "config.json").exists() else [f"{Path(args.model).name}={args.model}"]
+    found = f"sft={sft}" if (sft / "config.json").exists() else f"{Path(args.model).name}={args.model}"
+    return [] if args.answers else [found]
 
 
 def main(args):
