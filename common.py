@@ -11,19 +11,22 @@ V vocabulary. Tokens of a response are counted from t = 1, as in the paper:
 """
 
 import hashlib
+import re
 from collections import namedtuple
 
 import numpy as np
 import torch
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, LogitsProcessor,
-                          LogitsProcessorList)
+                          LogitsProcessorList, PretrainedConfig)
 
-from plumbing.checks import (check_head, gvm_settings, load_weights, pretrained, rendered_end, reward_scale)
+from plumbing.checks import (check_model, gvm_settings, load_adapter, load_weights, pretrained, rendered_end,
+                             reward_scale, rm_settings)
 from plumbing.deepspeed_config import zero_stage
-from plumbing.errors import BadInput, loading
+from plumbing.errors import BadInput
 from plumbing.folders import base_of
 from plumbing.ranks import all_sum, print0, whole_weights
+from plumbing.texts import as_sampled, end_answers, end_ids, rendered_ids, text_ids, whole_chat_ids
 
 # Stored in the tokenizer when a base model has none, so that later stages and servers render the same text
 DEFAULT_CHAT_TEMPLATE = (
@@ -39,12 +42,14 @@ Run = namedtuple("Run", "args tokenizer device rank world")
 
 # ---- models and tokenizers ---------------------------------------------------------------------------------
 
-def load_tokenizer(path, flag="--model"):
+def load_tokenizer(path, flag="--model", asks=True):
     """Tokenizer with a chat template, an end-of-turn token as EOS and some pad token.
 
     Pad is EOS where the tokenizer has none (Llama-3): harmless, because every mask here comes from lengths
     and never from comparing ids. EOS becomes the special token that the chat template puts after an assistant
     turn, which is not always the tokenizer's own (Gemma's <end_of_turn>): one rule for training and stopping.
+    What else the model stops at ends a sampled answer, too (texts.end_ids).
+    asks: False for one that is never asked for an answer, and only reads whole chats
     """
     tokenizer = pretrained(AutoTokenizer, path, flag)
     if tokenizer.eos_token_id is None:
@@ -54,21 +59,17 @@ def load_tokenizer(path, flag="--model"):
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
-    tail = rendered_end(tokenizer, path, flag)
-    with loading(path, flag):
-        ids = tokenizer(tail.strip(), add_special_tokens=False).input_ids
-    added = tokenizer.added_tokens_decoder
-    if ids and ids[0] in added and added[ids[0]].special:
-        tokenizer.eos_token = added[ids[0]].content
+    end_answers(tokenizer, rendered_end(tokenizer, path, flag, asks), path, flag)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return as_sampled(tokenizer)
 
 
 def load_policy(path, tokenizer, dtype, flag="--model"):
     """Causal LM whose samples and log-probs agree: no dropout, none of the checkpoint's sampling settings."""
     model = load_weights(AutoModelForCausalLM, path, flag, dtype=dtype)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id,
+    ends = end_ids(tokenizer)
+    model.generation_config = GenerationConfig(eos_token_id=ends if len(ends) > 1 else ends[0],
                                                bos_token_id=tokenizer.bos_token_id,
                                                pad_token_id=tokenizer.pad_token_id)
     return disable_dropout(model)
@@ -102,11 +103,20 @@ def value_head(model):
 def load_gvm(folder, dtype, flag="--value_model", lm=None):
     """Global value model written by train_gvm.py: base + adapter + head, and its settings.
     lm: as in load_value_base."""
-    from peft import PeftModel
     settings = gvm_settings(folder, flag)
     base = load_value_base(settings["base_model"], dtype, f"base model of {flag} {folder}:", lm)
-    with loading(folder, flag):
-        return disable_dropout(PeftModel.from_pretrained(base, folder)), settings
+    return disable_dropout(load_adapter(base, folder, flag)), settings
+
+
+def load_reward_tokenizer(folder, flag="--reward_model", tokens=0, asked=""):
+    """The tokenizer of a reward model, and how that reads (reward_ids): its context [tokens], the date that
+    its template was trained with, and if it reads whole chats: no rm.json, and a template of its own."""
+    settings = rm_settings(folder, flag)
+    tokenizer = load_tokenizer(folder, flag, asks=bool(settings))
+    tokenizer.context = check_model(folder, tokenizer, flag, tokens, asked, head=True)
+    tokenizer.date = settings.get("date")
+    tokenizer.whole_chat = not settings and tokenizer.chat_template != DEFAULT_CHAT_TEMPLATE
+    return tokenizer
 
 
 def load_reward_model(folder, dtype, flag="--reward_model"):
@@ -116,33 +126,30 @@ def load_reward_model(folder, dtype, flag="--reward_model"):
     recorded in rm.json; any other model keeps its own scale (0, 1). Scores are read by last_token_scores.
     A model without a trained head is refused: transformers would put a random one on it.
     """
-    tokenizer = load_tokenizer(folder, flag)
-    if base_of(folder) != folder:
-        from peft import AutoPeftModelForSequenceClassification
-        check_head(folder, flag)
-        model = pretrained(AutoPeftModelForSequenceClassification, folder, flag, num_labels=1, dtype=dtype)
-    else:
-        model, info = pretrained(AutoModelForSequenceClassification, folder, flag, num_labels=1, dtype=dtype,
-                                 output_loading_info=True)
-        if info["missing_keys"]:
-            raise BadInput(f"{flag} {folder}: not a reward model, it has no trained one-label head; train "
-                           f"one with train_rm.py or name another.")
+    tokenizer = load_reward_tokenizer(folder, flag)
+    base = base_of(folder)
+    model = load_weights(AutoModelForSequenceClassification, base,
+                         flag if base == folder else f"base model of {flag} {folder}:",
+                         new_head=base != folder, num_labels=1, dtype=dtype)
+    if base != folder:
+        model = load_adapter(model, folder, flag)
     # No id equals -1, so that transformers takes the last position for the last token (see last_token_scores)
     model.config.pad_token_id = -1
     return disable_dropout(model).eval(), tokenizer, *reward_scale(folder, flag)
 
 
 def disable_dropout(model):
-    """Dropout off, in train mode too: with it on, ratio 1 and KL 0 at the first step would be false."""
+    """All that is random in train mode off: with it, ratio 1 and KL 0 at the first step would be false. What
+    the config said is kept for the model's export (plumbing/saving.py)."""
+    kept = model.dropout_of_config = getattr(model, "dropout_of_config", [])
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
-        if hasattr(model.config, name):
-            setattr(model.config, name, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        of_config = getattr(module, "config", None)
+        for place in (module, of_config) if isinstance(of_config, PretrainedConfig) else (module,):
+            kind = "p$" if isinstance(place, torch.nn.modules.dropout._DropoutNd) else ".*(drop|jitter)"
+            for name, value in list(vars(place).items()):
+                if isinstance(value, float) and value and re.match(kind, name):
+                    kept += [(place, name, value)] if place is of_config else []
+                    setattr(place, name, 0.0)
     return model
 
 
@@ -196,18 +203,17 @@ def chat_ids(tokenizer, messages, tau=()):
     turns = [{"role": role, "content": text}
              for pair in tau for role, text in zip(("user", "assistant"), pair)]
     chat = system + turns + [m for m in messages if m["role"] != "system"]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return rendered_ids(tokenizer, chat, prompt=True)
 
 
 def answer_ids(tokenizer, text):
     """Token ids of a complete answer, EOS included. Tokenized apart from the prompt, as it is generated."""
-    return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    return text_ids(tokenizer, text) + [tokenizer.eos_token_id]
 
 
 def cut_text(tokenizer, text, tokens):
     """The first `tokens` tokens of a text."""
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    ids = text_ids(tokenizer, text)
     return text if len(ids) <= tokens else tokenizer.decode(ids[:tokens], skip_special_tokens=True)
 
 
@@ -265,20 +271,30 @@ def last_token_scores(model, prompts, responses, pad_id, device):
                  use_cache=False).logits[:, 0].float()
 
 
+def reward_ids(tokenizer, prompt, answer, text=None):
+    """Token ids of a chat as a reward model reads it, up to the one at which its score is read.
+
+    Ours read prompt, answer and EOS, a foreign one its own rendering of the whole chat (whole_chat_ids).
+    answer: a text, which is complete; or ids of the reward model's vocabulary, with its EOS where the answer
+            ended, and `text`, what they say
+    """
+    ids = answer_ids(tokenizer, answer) if isinstance(answer, str) else answer
+    if not getattr(tokenizer, "whole_chat", False):
+        return chat_ids(tokenizer, prompt) + ids
+    return whole_chat_ids(tokenizer, prompt, ids, answer if isinstance(answer, str) else text)
+
+
 @torch.no_grad()
 def reward_scores(model, tokenizer, chats, device, micro_batch):
-    """Scores of (prompt messages, answer token ids or text) pairs, one float each, in micro batches.
-
-    They are rendered with the reward model's own tokenizer and template, because its vocabulary need not be
-    the policy's. A text is a complete answer: EOS is put behind it.
-    """
-    scores = []
+    """Scores of chats, what reward_ids takes of each, one float each, in micro batches."""
+    chats, scores = [reward_ids(tokenizer, *chat) for chat in chats], []
+    longest, context = max(map(len, chats), default=0), getattr(tokenizer, "context", 10**9)
+    if longest > context:
+        raise BadInput(f"--reward_model: a prompt and its answer are {longest} of its tokens, more than the "
+                       f"{context} of its context: lower the lengths, or name another.")
     for i in range(0, len(chats), micro_batch):
-        prompts, answers = zip(*chats[i:i + micro_batch])
-        scores += last_token_scores(
-            model, [chat_ids(tokenizer, prompt) for prompt in prompts],
-            [answer_ids(tokenizer, answer) if isinstance(answer, str) else answer for answer in answers],
-            tokenizer.pad_token_id, device).tolist()
+        part = chats[i:i + micro_batch]
+        scores += last_token_scores(model, part, [[]] * len(part), tokenizer.pad_token_id, device).tolist()
     return scores
 
 
@@ -324,6 +340,16 @@ class GumbelNoise(LogitsProcessor):
         return scores.float() / self.temperature - noise.log()
 
 
+class FiniteScores(LogitsProcessor):
+    """Notes whether a logit was NaN or infinite: argmax takes a token all the same. -inf forbids one."""
+
+    wrong = False
+
+    def __call__(self, input_ids, scores):
+        self.wrong = self.wrong | ~(scores < float("inf")).all()
+        return scores
+
+
 @torch.no_grad()
 def generate(engine, prompts, seeds, max_new_tokens, temperature, tokenizer, device, static_cache=False,
              batch=64):
@@ -332,13 +358,13 @@ def generate(engine, prompts, seeds, max_new_tokens, temperature, tokenizer, dev
     prompts: B lists of token ids;  seeds: B integers, one per row
     static_cache: keys and values in tensors of a fixed size, with which transformers compiles the decoding
              step on a GPU; prompts are padded to a multiple of 64, so that few sizes are compiled
-    returns  B lists of sampled ids, cut behind the first EOS; an answer without EOS was truncated at
+    returns  B lists of sampled ids, cut behind the first of end_ids; an answer without one was truncated at
              max_new_tokens
     """
-    answers = []
+    answers, ends, finite = [], end_ids(tokenizer), FiniteScores()
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
                               cache_implementation="static" if static_cache else None,
-                              eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+                              eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     with whole_weights(engine) as model:
         was_training = model.training
         model.eval()
@@ -347,11 +373,14 @@ def generate(engine, prompts, seeds, max_new_tokens, temperature, tokenizer, dev
                            device, 64 if static_cache else 1)
             noise = [GumbelNoise(seeds[i:i + batch], temperature, device)] if temperature > 0 else []
             out = model.generate(rows.ids, attention_mask=rows.attention, generation_config=config,
-                                 logits_processor=LogitsProcessorList(noise))
+                                 logits_processor=LogitsProcessorList([finite, *noise]))
             for row in out[:, rows.P:].tolist():
-                end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+                end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
                 answers.append(row[:end])
         model.train(was_training)
+    if finite.wrong:
+        raise BadInput(f"{model.config.name_or_path}: the model does not say finite numbers: its weights, or "
+                       f"some of them, are NaN or far too large; name another one, or lower --lr.")
     return answers
 
 

@@ -24,7 +24,7 @@ Reads the held-out 10 % of the prompts, models, logs; writes the files that --js
 Legend: B rows, P prompt columns (left padded, tau included), R response columns (right padded).
 """
 
-import html
+import io
 import json
 import os
 import re
@@ -40,16 +40,20 @@ import torch
 from tqdm import tqdm  # comes with transformers
 
 from common import (answer_ids, chat_ids, collate, cut_pair, generate, keyed_rng, load_gvm, load_policy,
-                    load_reward_model, load_tokenizer, reward_scores)
-from plumbing.args import command_args, load_plug
-from plumbing.checks import check_model, gvm_settings, tokenizer_fingerprint
+                    load_reward_model, load_reward_tokenizer, load_tokenizer, reward_scores)
+from plumbing.args import command_args, load_numbers, load_plug
+from plumbing.checks import (check_model, finite, gvm_settings, read_as_gvm, tokenizer_fingerprint,
+                             weights_fingerprint)
 from plumbing.data import has_policy_names, preference_pair, prompt_text, read_data, split_of
 from plumbing.errors import BadInput
-from plumbing.files import read_rows
+from plumbing.files import check_place, read_rows, write_whole
 from plumbing.folders import stage_folder
+from plumbing.kept import RESULTS, check_ours
+from plumbing.page import PAGE, limit_of, page, terminal_text, token_texts
 from plumbing.ranks import init_distributed
-from plumbing.rows import responses_that_fit
+from plumbing.rows import responses_that_fit, reward_chat, reward_fits
 from plumbing.table import percent, plus_minus, print_table, win_tie_lose
+from plumbing.texts import answer_text, ended, readable
 
 
 @dataclass
@@ -124,7 +128,7 @@ def open_gvm(args, device):
         raise BadInput(f"--split_seed {args.split_seed}: what it holds out was not held out from {folder}, "
                        f"trained under {settings['split_seed']}; give that one.")
     tokenizer = load_tokenizer(folder, "--value_model")
-    tokenizer.chat_template = settings["chat_template"]
+    read_as_gvm(tokenizer, settings)
     model, _ = load_gvm(folder, getattr(torch, args.dtype))
     return Gvm(model.to(device).eval(), tokenizer, settings, device, args.micro_batch)
 
@@ -140,7 +144,7 @@ def token_values(gvm, jobs):
         out = gvm.model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions)
         q = out.logits[:, batch.P - 1:, 0].double().cpu().numpy()  # [B, 1 + R]
         found += [row[:1 + len(response)] for row, (_, response) in zip(q, part)]
-    return found
+    return finite(found, f"--value_model {gvm.settings['folder']}", "values")
 
 
 def under_tau(gvm, pool, policy, rows, rng):
@@ -151,7 +155,8 @@ def under_tau(gvm, pool, policy, rows, rng):
     k, context, group = gvm.settings["k"], gvm.settings["context"], rows[0]["group"]
     answers = pool[policy] if k else []
     others = (answers[i] for i in rng.permutation(len(answers)) if answers[i]["group"] != group)
-    tau = [cut_pair(gvm.tokenizer, row["prompt"], row["response"], gvm.settings) for row in islice(others, k)]
+    cut = (readable(cut_pair, gvm.tokenizer, row["prompt"], row["response"], gvm.settings) for row in others)
+    tau = list(islice(filter(None, cut), k))
     for first in range(len(tau) + 1):
         jobs = [(chat_ids(gvm.tokenizer, row["prompt"], tau[first:]), row["response_ids"]) for row in rows]
         if max(len(prompt) + len(response) for prompt, response in jobs) <= context:
@@ -185,9 +190,10 @@ def read_held_out(source, gvm, args):
                 pool[row["policy"]].append(row)
         if split != "test":
             continue
-        _, fitting = responses_that_fit(record, gvm.tokenizer, limit)
-        rows += fitting
-        left_out[f"responses over {limit} tokens with prompt"] += len(record["responses"]) - len(fitting)
+        _, fitting, unread = responses_that_fit(record, gvm.tokenizer, limit)
+        rows, left_out = rows + fitting, left_out + unread
+        over = len(record["responses"]) - len(fitting) - unread.total()
+        left_out[f"responses over {limit} tokens with prompt"] += over
         pair = preference_pair(record, args.split_seed, fitting)
         pairs += [pair] if pair else []
         left_out["prompts without a pair"] += not pair
@@ -217,8 +223,10 @@ def rank_pairs(gvm, pairs, pool, seed):
     good, bad = zip(*pairs)
     baselines = {"longer answer": hits(*[[len(row["response_ids"]) for row in side] for side in (good, bad)])}
     if None not in pool:  # policies have names, and named responses have scores
-        means = {policy: np.mean([row["score"] for row in rows if row["split"] == "value"] or [0.0])
-                 for policy, rows in pool.items()}
+        seen = {policy: [row["score"] for row in rows if row["split"] == "value"]
+                for policy, rows in pool.items()}
+        every = sum(seen.values(), []) or [0.0]  # of a policy that is not in training one knows no more
+        means = {policy: np.mean(scores or every) for policy, scores in seen.items()}
         baselines["policy mean"] = hits(*[[means[row["policy"]] for row in side] for side in (good, bad)])
     if k:
         baselines["tau only"] = hits(tau_length[::2], tau_length[1::2])
@@ -237,10 +245,15 @@ def calibrate(gvm, rows, pairs, pool, args):
     if reward["kind"] == "preference":
         rows, actual = [row for pair in pairs for row in pair], [1.0, -1.0] * len(pairs)
     else:
-        rows = [row for row in rows if reward["kind"] == "model" or row["score"] is not None]
+        reader = load_reward_tokenizer(reward["reward_model"]) if reward["kind"] == "model" else None
+        rows = [row for row in rows if (reward_fits(reader, row["prompt"], row["response"]) if reader else
+                                        row["score"] is not None)]
         rows = some(rows, 2 * args.pairs, args.seed)
         scores = [row["score"] for row in rows]
         if reward["kind"] == "model":
+            if reward.get("fingerprint") not in (None, weights_fingerprint(reward["reward_model"])):
+                raise BadInput(f"{reward['reward_model']}: this reward model has other weights than when the "
+                               f"GVM was trained on its scores; train the GVM again.")
             scores = model_scores(reward["reward_model"], rows, args, gvm.device)
         actual = [(score - reward["center"]) / reward["scale"] for score in scores]
     values, _ = values_under_own_tau(gvm, rows, pool, args.seed)
@@ -249,8 +262,9 @@ def calibrate(gvm, rows, pairs, pool, args):
 
 def model_scores(reward_model, rows, args, device):
     model, tokenizer, _, _ = load_reward_model(reward_model, getattr(torch, args.dtype))
-    chats = [(row["prompt"], row["response"]) for row in rows]
-    return reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch)
+    chats = [reward_chat(tokenizer, row["prompt"], row["response"], row.get("truncated")) for row in rows]
+    scores = reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch)
+    return finite(scores, f"--reward_model {reward_model}", "scores")
 
 
 def compare_with_reference(gvm, rows, pool, reference, args):
@@ -330,68 +344,6 @@ def show_gvm(result):
 
 # ---- values ------------------------------------------------------------------------------------------------
 
-def token_texts(tokenizer, ids):
-    """What each token adds to the text. A character that takes several tokens appears at the last."""
-    starts = [tokenizer.decode(ids[:t], clean_up_tokenization_spaces=False) for t in range(len(ids) + 1)]
-    starts = [text.rstrip("\ufffd") for text in starts]  # the mark of half a character
-    return [after[len(before):] for before, after in zip(starts, starts[1:])]
-
-
-def colour(value, low, high):
-    """[red, green, blue], light enough for dark text: from red at low over pale yellow to green at high."""
-    x = 0.5 if high == low else (value - low) / (high - low)
-    ends = (244, 255, 140), (150, 247, 210), (140, 205, 150)
-    return [round(np.interp(x, (0, 0.5, 1), channel)) for channel in ends]
-
-
-def terminal_text(answer, low, high, coloured):
-    """Each token in black on the colour of its value, by ANSI escape codes, or with its value in brackets."""
-    parts = []
-    for text, value in zip(["(question) ", *answer["tokens"]], answer["values"]):
-        text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)  # no codes of its own
-        paint = "\033[48;2;{};{};{}m\033[38;2;0;0;0m".format(*colour(value, low, high))
-        parts.append(f"{paint}{text}\033[0m" if coloured else f"{text}[{value:+.2f}]")
-    return "".join(parts)
-
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>What each token is worth</title>
-<style>
-body { font: 17px/1.3 system-ui, sans-serif; color: #111; background: #fff; max-width: 60rem; padding: 1rem }
-p, span { overflow-wrap: anywhere; white-space: pre-wrap }
-span { display: inline-block; margin: .1rem; padding: .1rem; text-align: center; vertical-align: top }
-small { display: block; font-size: .68rem; color: #333 }
-</style>
-<p>The number under a token is the value after it, that on the question the value before anything is said.</p>
-"""
-
-
-def limit_of(result, limit):
-    """The smallest (min) or largest (max) value of any token of a result's responses."""
-    return limit(v for answer in result["responses"] for v in answer["values"])
-
-
-def token_spans(answer, low, high):
-    """HTML: every token on the colour of its value, with the number under it. Texts are escaped."""
-    parts = []
-    for text, value in zip(["question", *answer["tokens"]], answer["values"]):
-        shown = html.escape(text.strip(" ").replace("\n", "\u23ce")) or "\u00a0"
-        rgb = "rgb({},{},{})".format(*colour(value, low, high))
-        parts.append(f'<span style="background:{rgb}">{shown}<small>{value:+.2f}</small></span>')
-    return "\n".join(parts)
-
-
-def page(result, low, high):
-    """A page that needs no network: every token with its value under it. All texts are escaped."""
-    parts = [PAGE, f"<p>tau: {result['k']} answers of {html.escape(str(result['tau_policy']))}</p>",
-             f"<p>{html.escape(result['question'])}</p>"]
-    for answer in result["responses"]:
-        parts.append(f"<h2>{html.escape(answer['label'])}: mean {answer['mean']:+.2f}</h2>")
-        parts.append(token_spans(answer, low, high))
-    return "\n".join(parts)
-
-
 def evaluate_values(args, device):
     if bool(args.question) != bool(args.responses):
         raise BadInput("--question and --responses belong together: give both, or neither.")
@@ -425,9 +377,7 @@ def evaluate_values(args, device):
     for answer in responses:
         print(f"\n{answer['label']}: mean {answer['mean']:+.2f}, last {answer['last']:+.2f}")
         print(terminal_text(answer, low, high, coloured))
-    if args.html:
-        Path(args.html).write_text(page(result, low, high), encoding="utf-8")
-    return result
+    return {**result, "files": {"html": page(result, low, high)}}
 
 
 # ---- policy ------------------------------------------------------------------------------------------------
@@ -463,11 +413,11 @@ def answers_of(folder, prompts, truth, tokenizer, args, device):
     seeds = [int(keyed_rng(args.seed, 2, i).integers(2**62)) for i in range(len(prompts))]  # for all policies
     answers = generate(policy, [row["prompt_ids"] for row in prompts], seeds, args.response_length,
                        args.temperature, tokenizer, device, batch=args.micro_batch)
-    rows = [{**row, "response_ids": ids, "response": tokenizer.decode(ids, skip_special_tokens=True),
-             "truncated": ids[-1] != tokenizer.eos_token_id, "kl": None, "scores": {}}
+    rows = [{**row, "response_ids": ids, "response": answer_text(tokenizer, ids),
+             "truncated": not ended(tokenizer, ids), "kl": None, "scores": {}}
             for row, ids in zip(prompts, answers)]
     for row, score in zip(rows, truth(rows, policy, tokenizer) if truth else ()):
-        row["scores"]["truth"] = float(score)
+        row["scores"]["truth"] = score
     if args.temperature > 0:
         for row, logp in zip(rows, sequence_logprobs(policy, rows, tokenizer, args, device)):
             row["logp"] = logp
@@ -517,23 +467,31 @@ def evaluate_policy(args, device):
     if len(dict(named)) < len(named):
         raise BadInput("--policies: two of them have one name; give each its own.")
     first, reference = named[0]
-    truth = load_plug(args.truth_fn, "--truth_fn") if args.truth_fn else None
+    truth = load_numbers(args.truth_fn, "--truth_fn") if args.truth_fn else None
     tokenizer = load_tokenizer(reference, "--policies")
     if args.reward_model:
-        check_model(args.reward_model, load_tokenizer(args.reward_model, "--reward_model"), "--reward_model",
-                    head=True)
+        reader = load_reward_tokenizer(args.reward_model)
     if args.value_model:
         gvm_settings(args.value_model)
-    rows = [{"prompt": r["prompt"], "group": r["group"], "prompt_ids": chat_ids(tokenizer, r["prompt"])}
-            for r in held_out_prompts(args).values()]
+    records = held_out_prompts(args).values()
+    rows = [{"prompt": r["prompt"], "group": r["group"], "prompt_ids": ids} for r in records
+            if (ids := readable(chat_ids, tokenizer, r["prompt"]))]
     short = [row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_length]
-    print(f"--max_prompt_length {args.max_prompt_length} keeps {len(short)} of {len(rows)} held-out prompts")
+    print(f"--max_prompt_length {args.max_prompt_length} keeps {len(short)} of {len(records)} held-out "
+          "prompts" + f"; {len(records) - len(rows)} cannot become token ids" * (len(rows) < len(records)))
     if not short:
         raise BadInput(f"--data {args.data}: no held-out prompt is within --max_prompt_length.")
     prompts = some(short, args.prompts, args.seed)
     for _, folder in named:
         check_policy(folder, tokenizer, prompts, args)
     answers = {name: answers_of(folder, prompts, truth, tokenizer, args, device) for name, folder in named}
+    if args.reward_model:
+        kept = [i for i in range(len(prompts)) if all(
+            reward_fits(reader, found[i]["prompt"], found[i]["response"]) for found in answers.values())]
+        print(f"--reward_model can read all answers to {len(kept)} of {len(prompts)} prompts")
+        if not kept:
+            raise BadInput(f"--reward_model {args.reward_model}: no prompt and answer fit its context.")
+        prompts, answers = kept, {name: [found[i] for i in kept] for name, found in answers.items()}
     rows = [row for found in answers.values() for row in found]
     if args.temperature > 0:  # KL = mean over y ~ pi of log pi(y | x) - log pi_ref(y | x)
         policy = load_policy(reference, tokenizer, getattr(torch, args.dtype), "--policies").to(device).eval()
@@ -545,11 +503,10 @@ def evaluate_policy(args, device):
     if args.reward_model:
         for row, score in zip(rows, model_scores(args.reward_model, rows, args, device)):
             row["scores"]["reward model"] = score
-    if args.out:
-        lines = [json.dumps({"policy": name, **row}) for name, found in answers.items() for row in found]
-        Path(args.out).write_text("\n".join(lines) + "\n")
+    lines = [json.dumps({"policy": name, **row}) for name, found in answers.items() for row in found]
     return {"reference": reference, "first": first, "prompts": len(prompts), "temperature": args.temperature,
-            "policies": {name: policy_report(found, answers[first]) for name, found in answers.items()}}
+            "policies": {name: policy_report(found, answers[first]) for name, found in answers.items()},
+            "files": {"out": "\n".join(lines) + "\n"}}
 
 
 def show_policy(result):
@@ -603,8 +560,14 @@ def draw_band(axis, metric, label, seeds):
     return steps, mean, std
 
 
+PICTURE = rb"\x89PNG.{,100}evaluate\.py plot"
+
+
 def evaluate_plot(args, device):
     from matplotlib.figure import Figure
+    args.png = args.png or "curves.png"
+    check_ours("--png", args.png, PICTURE)
+    check_place(args.png, "--png")  # before the work
     runs, result = defaultdict(dict), defaultdict(dict)
     for label, path in named_paths("--runs", args.runs, ("dvpo", "ppo"), "metrics.jsonl", args):
         path = path if path.endswith(".jsonl") else f"{path}/metrics.jsonl"
@@ -620,8 +583,9 @@ def evaluate_plot(args, device):
                                      "last": float(mean[-1]), "highest": float(mean.max())}
         axis.set(title=metric, xlabel="step")
         axis.legend()
-    figure.savefig(args.png or "curves.png", dpi=120, format="png")
-    return {"curves": result}
+    figure.savefig(picture := io.BytesIO(), dpi=120, format="png",
+                   metadata={"Software": "evaluate.py plot"})
+    return {"curves": result, "files": {"png": picture.getvalue()}}
 
 
 def show_plot(result):
@@ -634,6 +598,8 @@ def show_plot(result):
 # ---- command line ------------------------------------------------------------------------------------------
 
 COMMANDS = {"gvm": evaluate_gvm, "values": evaluate_values, "policy": evaluate_policy, "plot": evaluate_plot}
+OUTPUTS = {"json": RESULTS, "html": re.escape(PAGE[:200].encode()),  # flag: how what it names begins
+           "out": rb'\{"policy": ".*?", "prompt": ', "png": PICTURE}
 TABLES = {"gvm": show_gvm, "policy": show_policy, "plot": show_plot}  # `values` prints its texts itself
 
 
@@ -655,13 +621,16 @@ def split_words(flag, specs):
 
 
 def main(argv=None):
-    command, args = command_args(Args, COMMANDS, argv, outputs=("json", "html", "out", "png"))
+    command, args = command_args(Args, COMMANDS, argv, outputs=OUTPUTS)
     device = init_distributed()[2] if command != "plot" else None
     result = {"command": command, "args": vars(args), **COMMANDS[command](args, device)}
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-    if command in TABLES:
+    files = result.pop("files", {})
+    files["json"] = json.dumps(result, indent=1, ensure_ascii=False)
+    if command in TABLES:  # first: what a full disk does not take has been seen
         TABLES[command](result)
+    for flag, content in files.items():
+        if getattr(args, flag):
+            write_whole(getattr(args, flag), content)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,9 @@ is paid for twice. A verdict that cannot be read is counted as unread and left o
 JUDGE_API_KEY (or OPENAI_API_KEY) and is written nowhere.
 """
 
-import contextlib
+import functools
 import hashlib
 import json
-import os
 import re
 import time
 import zlib
@@ -45,12 +44,15 @@ from tqdm import tqdm  # comes with transformers
 from common import (answer_ids, chat_ids, generate, keyed_rng, load_gvm, load_policy, load_reward_model,
                     load_tokenizer, reward_scores)
 from plumbing.args import command_args
-from plumbing.checks import check_model, fingerprint, gvm_settings
+from plumbing.checks import check_model, fingerprint, finite, gvm_settings, read_as_gvm
 from plumbing.data import preference_pair, prompt_text, read_data
 from plumbing.errors import BadInput, one_line
-from plumbing.files import read_rows
+from plumbing.endpoint import api_key, chat_url, hidden, plain, post, said_in
+from plumbing.files import read_rows, write_whole
+from plumbing.kept import RESULTS, appended, kept_lines, settings_that_differ
 from plumbing.ranks import init_distributed
 from plumbing.table import percent, print_table, win_tie_lose
+from plumbing.texts import answer_text, readable, text_ids
 from evaluate import Gvm, accuracy, held_out_prompts, hits, named_paths, some, token_values
 
 
@@ -84,7 +86,7 @@ class Args:
     judge_tokens: int = 512  # judge, table, meta: longest verdict [tokens]
     parallel: int = 8  # judge, table, meta: how many requests are sent at the same time
     retries: int = 6  # judge, table, meta: how often to repeat a request after 429, 5xx or a timeout
-    timeout: float = 120.0  # judge, table, meta: longest wait for one answer [seconds]
+    timeout: float = 120.0  # judge, table, meta: longest wait for one whole answer [seconds]
     verdicts: str = "verdicts.jsonl"  # judge, table, meta: file that keeps what the judge said
     dry_run: bool = False  # judge, table, meta: only count the requests and tokens
     json: str = ""  # judge, table, rank, meta: write the results to this file
@@ -170,69 +172,23 @@ def answers_of(policy, tokenizer, questions, temperature, context, args, device)
         here = [i for i, question in enumerate(questions) if turn < len(question["turns"])]
         for i in here:
             chats[i].append({"role": "user", "content": questions[i]["turns"][turn]})
-        ids = {i: chat_ids(tokenizer, chats[i]) for i in here}
-        room = {i: min(args.response_length, context - len(ids[i])) for i in here}
+        ids = {i: readable(chat_ids, tokenizer, chats[i]) for i in here}
+        room = {i: min(args.response_length, context - len(ids[i])) if ids[i] else 0 for i in here}
         together = [i for i in here if room[i] == args.response_length]
         alone = [[i] for i in here if 0 < room[i] < args.response_length]
-        found = {i: [] for i in here}  # empty where the prompt alone fills the context
+        found = {i: [] for i in here}  # empty where the prompt alone fills the context, or has no ids
         for part in filter(None, [together, *alone]):
             seeds = [int(keyed_rng(args.seed, zlib.crc32(str(questions[i]["id"]).encode()), turn)
                          .integers(2**62)) for i in part]
             found.update(zip(part, generate(policy, [ids[i] for i in part], seeds, room[part[0]], temperature,
                                             tokenizer, device, batch=args.micro_batch)))
         for i in here:
-            text = tokenizer.decode(found[i], skip_special_tokens=True).strip()
+            text = answer_text(tokenizer, found[i]).strip()
             chats[i].append({"role": "assistant", "content": text})
             texts[i].append(text)
-            lengths[i].append(len(answer_ids(tokenizer, text)) - 1)  # without the EOS
+            lengths[i].append(len(readable(text_ids, tokenizer, text) or found[i]))
             short[i] += room[i] < args.response_length
     return list(zip(texts, lengths, short))
-
-
-def kept_lines(path):
-    """(rows of a jsonl file that is appended to, their bytes), without a line that was cut short."""
-    content = path.read_bytes() if path.exists() else b""
-    whole = content[:content.rfind(b"\n") + 1]
-    try:
-        return [json.loads(line) for line in whole.split(b"\n") if line.strip()], len(whole)
-    except ValueError as e:
-        raise BadInput(f"{path}: not a file that this script wrote ({one_line(e)}); name another.") from None
-
-
-@contextlib.contextmanager
-def appended(path, size=None):
-    """The file, open for more text; what is behind its first `size` bytes is taken away."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8", errors="replace") as f:  # half a surrogate pair is no UTF-8
-            if size is not None:
-                f.truncate(size)
-            yield f
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be written ({one_line(e)}); make room or name another.") from None
-
-
-def write_whole(path, text):
-    """The file has its old content or all of the new."""
-    part = path.with_name(f".{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(part, path)
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be written ({one_line(e)}); make room and run this again.") from None
-
-
-def settings_that_differ(record, settings, beside):
-    """Names of the settings that the file of an earlier run has otherwise; None where there is no file.
-    beside: what is to be deleted with a file that cannot be read"""
-    if not record.exists():
-        return None
-    try:
-        then = json.loads(record.read_text())
-        return [key for key in settings if then.get(key) != settings[key]]
-    except (ValueError, AttributeError) as e:
-        raise BadInput(f"{record}: cannot be read ({one_line(e)}); delete it and {beside}.") from None
 
 
 def answers_file(args, kind, name):
@@ -250,19 +206,26 @@ def generate_answers(args, device):
                 "questions": asked, "seed": args.seed,
                 "temperature": args.temperature, "response_length": args.response_length, "dtype": args.dtype}
     partial, record = (out.with_name(f"{out.name}.{part}") for part in ("partial.jsonl", "settings.json"))
-    done, size = {}, 0
     differ = settings_that_differ(record, settings, partial)
     if differ:
         raise BadInput(f"--out {out}: begun with other settings ({', '.join(differ)}); delete {record} "
                        f"and {partial}, or name another file.")
-    if differ is not None:
-        kept, size = kept_lines(partial)
-        done = {row["id"]: row for row in kept}
-        if out.exists() and not partial.exists():
-            print(f"{out}: all {len(questions)} answers are there, nothing is left to do")
-            return
+    kept, size = kept_lines(partial, "id", "answers", "tokens")
+    done = {row["id"]: row for row in kept}
+    begun, finished = partial.exists(), out.exists()
+    if (begun or finished) if differ is None else (begun and finished and len(done) < len(questions)):
+        raise BadInput(f"--out {out}: a file that judge.py did not write, or {partial} is one; name another.")
+    if finished and not begun:
+        print(f"{out}: all {len(questions)} answers are there, nothing is left to do")
+        return
     tokenizer = load_tokenizer(folder, "--policy")
     context = check_model(folder, tokenizer, "--policy")
+    read = functools.partial(readable, chat_ids) if kind == "prompts" else chat_ids  # a tool's are all needed
+    known = [question for question in questions if read(tokenizer, [
+        *question.get("before", []), {"role": "user", "content": question["turns"][0]}])]
+    if len(known) < len(questions):
+        print(f"{len(questions) - len(known)} of {len(questions)} prompts cannot become token ids: left out")
+    questions = known
     policy = load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policy").to(device).eval()
     write_whole(record, json.dumps(settings, indent=1))
     groups = defaultdict(list)
@@ -371,20 +334,30 @@ def pair_request(first, second, turn):
     return [{"role": "system", "content": PAIR}, {"role": "user", "content": "\n\n".join(parts)}]
 
 
+# What marks a line that says something, and the form of one verdict; of brackets, from the line's last [[ on
+NUMBER = r"([0-9]{1,2}(?:\.[0-9]{1,3})?)"
+VERDICTS = {"score": (r"^\W*Score:", r"\W*?Score:[\s*_`<(\[]*" + NUMBER + r"(?: ?/ ?5| out of 5)?"
+                                    r"[\s*_`>)\].,;:|–-]*(?:(?:Evaluation|Evidence)\b.*)?"),
+            "grade": (r"\[\[[^][]*[0-9]", r"\[\[\s*" + NUMBER + r"\s*\]\](?: ?/ ?10| out of 10)?[\s*_.]*"),
+            "pair": (r"\[\[", r"\[\[\s*([ABC])\s*\]\][\s*_.]*")}
+
+
 def verdict(mode, text):
     """Points of --mode score (0 to 5) and grade (1 to 10), "A", "B" or "C" of --mode pair; None when the text
-    does not say, or says two things in one line. The last line that says something counts, because judges
-    think aloud; of a score it is what the line begins with, because the evidence comes behind it."""
-    pattern = {"score": r"^\W*Score:\W*(\d+(?:\.\d+)?)\b(?!\s*(?:to|or|-)\s*\d)",
-               "grade": r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", "pair": r"\[\[\s*([ABC])\s*\]\]"}[mode]
-    lines = [found for line in (text or "").splitlines() if (found := set(re.findall(pattern, line)))]
-    if not lines or len(lines[-1]) > 1:
+    does not say. The last line that says something counts, because judges think aloud. Where that is anything
+    but one verdict of the scale, as "3 or 4" is, nothing is guessed; of a score the evidence may come behind
+    it, and of the others words may stand before it."""
+    mark, form = VERDICTS[mode]
+    line = ([line for line in (text or "").splitlines() if re.search(mark, line)] or [""])[-1]
+    found = re.fullmatch(form, line if mode == "score" else line[max(0, line.rfind("[[")):])
+    brackets = {inside.strip() for inside in re.findall(r"\[\[([^][]*)", line)
+                if re.match(mark, f"[[{inside}")}
+    if not found or (mode != "score" and brackets != {found[1]}):
         return None
-    found, = lines[-1]
     if mode == "pair":
-        return found
+        return found[1]
     low, high = {"score": (0, 5), "grade": (1, 10)}[mode]
-    return float(found) if low <= float(found) <= high else None
+    return float(found[1]) if low <= float(found[1]) <= high else None
 
 
 # ---- asking it ---------------------------------------------------------------------------------------------
@@ -397,40 +370,37 @@ class Endpoint:
     """Any OpenAI-compatible chat endpoint; called with messages, returns the text."""
 
     def __init__(self, args):
-        from huggingface_hub import InferenceClient, constants
-        constants.HF_HUB_OFFLINE = False  # HF_HUB_OFFLINE=1 is about the hub, and would refuse any endpoint
-        self.key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY")
-        # a key is always given: the client would send a stored Hugging Face token to any host
-        self.client = InferenceClient(base_url=args.judge_url, api_key=self.key or "none",
-                                      timeout=args.timeout)
-        self.args = args
+        self.url, self.key, self.args = chat_url(args.judge_url), api_key(), args
 
     def __call__(self, messages):
-        from huggingface_hub.errors import HfHubHTTPError
+        body = {"model": self.args.judge_model, "messages": messages, "temperature": 0.0,
+                "max_tokens": self.args.judge_tokens}
         for attempt in range(self.args.retries + 1):
-            wait = min(60, 2 ** attempt)
+            wait = 2 ** attempt
             try:
-                found = self.client.chat_completion(messages, model=self.args.judge_model, temperature=0.0,
-                                                    max_tokens=self.args.judge_tokens)
-                return found.choices[0].message.content or ""
-            except HfHubHTTPError as e:
-                status = e.response.status_code
-                if status in (401, 403, 404):
-                    raise BadInput(f"--judge_url {self.args.judge_url}: status {status} "
-                                   f"({self.without_key(e)}): check the address, --judge_model and "
-                                   f"JUDGE_API_KEY.") from None
-                if status != 429 and status < 500:  # this question, and asking again would not help
-                    raise Failed(self.without_key(e)) from None
-                asked = e.response.headers.get("retry-after", "")
-                wait, last = float(asked) if asked.isdigit() else wait, self.without_key(e)
-            except Exception as e:  # a timeout, no connection; or no JSON, no choices: an overloaded endpoint
+                status, headers, reply = post(self.url, body, self.key, self.args.timeout)
+            except Exception as e:  # a timeout, no connection, no HTTP
                 last = self.without_key(e)
+            else:
+                if reply is None:
+                    raise Failed("a reply of more bytes than any verdict has")
+                text = said_in(reply) if status < 300 else None
+                if text is not None:
+                    return hidden(text, self.key)
+                last = self.without_key(f"status {status} {headers.get('location', '')} {plain(reply)}")
+                if status in (401, 403, 404) or 300 <= status < 400:
+                    raise BadInput(f"--judge_url: {last}; check the address, --judge_model and "
+                                   f"JUDGE_API_KEY.")
+                if 400 <= status < 500 and status != 429:  # this question, and asking again would not help
+                    raise Failed(last)
+                asked = headers.get("retry-after", "")
+                wait = float(asked) if re.fullmatch("[0-9]+", asked) else wait
             if attempt < self.args.retries:
                 time.sleep(min(wait, 60))
         raise Failed(last)
 
     def without_key(self, error):
-        return one_line(str(error).replace(self.key, "***") if self.key else error)
+        return one_line(hidden(str(error), self.key))
 
 
 def ask_local(todo, args, keep):
@@ -439,18 +409,20 @@ def ask_local(todo, args, keep):
     tokenizer = load_tokenizer(args.judge_model, "--judge_model")
     context = check_model(args.judge_model, tokenizer, "--judge_model")
     model = load_policy(args.judge_model, tokenizer, getattr(torch, args.dtype), "--judge_model").to(device)
-    ids = {key: chat_ids(tokenizer, [{"role": "user", "content": f"{a['content']}\n\n{b['content']}"}])
-           for key, (a, b) in todo.items()}  # many templates have no system turn
+    ids = {key: found for key, (a, b) in todo.items()  # many templates have no system turn
+           if (found := readable(chat_ids, tokenizer, [
+               {"role": "user", "content": f"{a['content']}\n\n{b['content']}"}]))}
     keys = [key for key in sorted(ids, key=lambda key: len(ids[key]))  # sorted: less padding in a batch
             if len(ids[key]) + args.judge_tokens <= context]
-    too_long = len(ids) - len(keys)
+    left = {f"longer than the judge's context of {context} tokens": len(ids) - len(keys),
+            "without token ids, for its template fails or a control token is spelt out": len(todo) - len(ids)}
     for i in tqdm(range(0, len(keys), args.micro_batch), "verdicts", disable=None):
         part = keys[i:i + args.micro_batch]
         for key, found in zip(part, generate(model, [ids[key] for key in part], [0] * len(part),
                                              args.judge_tokens, 0.0, tokenizer, device,
                                              batch=args.micro_batch)):
-            keep(key, tokenizer.decode(found, skip_special_tokens=True))
-    return {f"longer than the judge's context of {context} tokens": too_long} if too_long else {}
+            keep(key, answer_text(tokenizer, found))
+    return {reason: n for reason, n in left.items() if n}
 
 
 def ask_endpoint(todo, ask, parallel, keep):
@@ -466,6 +438,9 @@ def ask_endpoint(todo, ask, parallel, keep):
                     keep(waiting[future], future.result())
                 except Failed as e:
                     failed[str(e)] += 1
+                    if len(kept) == failed.total() == 20:  # an hour may go by before all have failed
+                        raise BadInput(f"--judge_url: the first 20 requests all failed ({e}); check the "
+                                       f"address and --judge_model.") from None
         except BaseException:  # Ctrl-C, a wrong key: nothing more is asked, what is under way is paid for
             pool.shutdown(wait=True, cancel_futures=True)
             for future in set(waiting) - kept:
@@ -473,6 +448,9 @@ def ask_endpoint(todo, ask, parallel, keep):
                     keep(waiting[future], future.result())
             raise
     return failed
+
+
+KEPT = "key", "judge", "text"  # what a row of --verdicts has
 
 
 def ask_all(wanted, mode, args, ask=None):
@@ -487,8 +465,9 @@ def ask_all(wanted, mode, args, ask=None):
             for name, messages in wanted.items()}
     requests = {keys[name]: messages for name, messages in wanted.items()}
     path = Path(args.verdicts)
-    rows, size = kept_lines(path)
-    texts = {row["key"]: row["text"] for row in rows if row.get("key") in requests}
+    rows, size = kept_lines(path, *KEPT)
+    texts = {row["key"]: row["text"] for row in rows if str(row["key"]) in requests
+             and isinstance(row["text"], str)}
     todo = {key: messages for key, messages in requests.items() if key not in texts}
     letters = sum(len(m["content"]) for messages in todo.values() for m in messages)
     print(f"{len(requests)} requests, {len(requests) - len(todo)} of them answered in {path}; {len(todo)} to "
@@ -500,7 +479,7 @@ def ask_all(wanted, mode, args, ask=None):
         with appended(path, size) as f:
             def keep(key, text):
                 texts[key] = text
-                row = {"key": key, "judge": args.judge_model, "text": text}
+                row = dict(zip(KEPT, (key, args.judge_model, text)))
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
                 f.flush()
             failed = (ask_endpoint(todo, ask or Endpoint(args), args.parallel, keep) if ask or args.judge_url
@@ -510,7 +489,15 @@ def ask_all(wanted, mode, args, ask=None):
     said = {name: verdict(mode, texts.get(key)) for name, key in keys.items()}
     unread = sum(said[name] is None and key in texts for name, key in keys.items())
     return said, {"judge": args.judge_model, "mode": mode, "requests": len(requests),
-                  "failed": sum(failed.values()), "unread": unread}
+                  "failed": sum(failed.values()), "unread": unread,
+                  "read": sum(found is not None for found in said.values())}
+
+
+def check_read(asked):
+    """A judge that said nothing ends in an error, behind what is written and shown."""
+    if asked.get("read") == 0:
+        raise BadInput(f"{ASKED.format(**asked)}: nothing could be read, so nothing is compared; look at "
+                       f"--judge_url, --judge_model and --judge_tokens.")
 
 
 # ---- statistics --------------------------------------------------------------------------------------------
@@ -586,12 +573,12 @@ def position_bias(pairs):
 def check_judge(args):
     if not args.judge_model:
         raise BadInput("--judge_model: name the judge, a model of --judge_url or a local folder or hub id.")
-    kept_lines(Path(args.verdicts))
+    if args.judge_url:
+        Endpoint(args)  # its address and key are good, or this ends here
+    kept_lines(Path(args.verdicts), *KEPT)
     if not args.dry_run:
         with appended(Path(args.verdicts)):  # an unwritable place shows before the expensive work
             pass
-    if args.parallel < 1 or args.retries < 0 or args.timeout <= 0 or args.judge_tokens < 1:
-        raise BadInput("--parallel, --timeout and --judge_tokens must be above 0 and --retries not below.")
 
 
 def named_file(flag, spec):
@@ -662,7 +649,8 @@ def judge_the_judge(args, ask=None):
     if not args.labels:
         raise BadInput("--labels: name a file with rows of input, output_1, output_2 and label.")
     rows, wanted = [], {}
-    for n, (where, row) in enumerate(read_rows(args.labels)):
+    columns = dict.fromkeys(("input", "output_1", "output_2", "label", "source"))
+    for n, (where, row) in enumerate(read_rows(args.labels, columns)):
         texts = [row.get(name) for name in ("input", "output_1", "output_2")]
         if not all(isinstance(text, str) for text in texts) or repr(row.get("label")) not in ("1", "2"):
             raise BadInput(f"{where}: needs texts input, output_1, output_2, and label 1 or 2; correct it.")
@@ -714,6 +702,7 @@ def paper_table(args, ask=None):
         how = ({"mode": "grade", "against": "", "questions": path} if kind == "mt_bench" else
                {"mode": "pair", "against": f"baseline={baseline}", "questions": ""})
         found = judge_answers(replace(args, answers=files, **how), ask)
+        check_read(found)
         for name, _ in policies:
             report, row = found["policies"][name], result["policies"].setdefault(name, {})
             row[kind] = report.get("points") if kind == "mt_bench" else None
@@ -729,7 +718,8 @@ def rank_pairs(args, device):
         raise BadInput("--pairs FILE with --value_model, --reward_model or both: give them.")
     if args.value_model:
         settings = gvm_settings(args.value_model)
-    subsets = {at: str(row.get("subset") or row.get("source") or "") for at, row in read_rows(args.pairs)}
+    subsets = {at: str(row.get("subset") or row.get("source") or "") for at, row in
+               read_rows(args.pairs, {"subset": None, "source": None})}
     records = [(record, pair) for record in read_data(args.pairs, args.allow_dropped)
                if (pair := preference_pair(record, args.split_seed))]
     if not records:
@@ -738,11 +728,12 @@ def rank_pairs(args, device):
     scores = {}
     if args.reward_model:
         model, tokenizer, _, _ = load_reward_model(args.reward_model, getattr(torch, args.dtype))
-        scores["reward model"] = reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch)
+        found = reward_scores(model.to(device), tokenizer, chats, device, args.micro_batch)
+        scores["reward model"] = finite(found, f"--reward_model {args.reward_model}", "scores")
         del model
     if args.value_model:
         tokenizer = load_tokenizer(args.value_model, "--value_model")
-        tokenizer.chat_template = settings["chat_template"]
+        read_as_gvm(tokenizer, settings)
         jobs = [(chat_ids(tokenizer, prompt), answer_ids(tokenizer, text)) for prompt, text in chats]
         longest = max(len(prompt) + len(answer) for prompt, answer in jobs)
         if longest > settings["context"]:
@@ -813,12 +804,13 @@ TABLES = {"judge": show_judge, "table": show_table, "rank": show_rank, "meta": s
 
 
 def main(argv=None):
-    command, args = command_args(Args, COMMANDS, argv, outputs=("json",))
+    command, args = command_args(Args, COMMANDS, argv, outputs={"json": RESULTS})
     result = {"command": command, "args": vars(args), **(COMMANDS[command](args) or {})}
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_whole(Path(args.json), json.dumps(result, indent=1, ensure_ascii=False))
     if command != "generate" and not (args.dry_run and command != "table"):
         TABLES[command](result)
+    check_read(result)
 
 
 if __name__ == "__main__":

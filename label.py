@@ -6,9 +6,9 @@ Each policy answers at each temperature, and that is a policy of its own: its na
 scores are mapped linearly, the lowest 1 % to 1 and the highest 1 % to 10, which `train_gvm.py --reward score`
 takes as -1 and +1. train_gvm.py, train_dvpo.py and the baselines then read the file by --data, as any other.
 
-An answer that --response_length cut is scored as if it ended there, and has `"truncated": true`. An
-interrupted run goes on with the same command: what is sampled and scored is kept beside --out. The noise of
-an answer depends on its prompt and policy alone: but for rounding the number of ranks changes nothing.
+An answer that --response_length cut has `"truncated": true`; our reward models score it as if it ended there.
+An interrupted run goes on with the same command: what is sampled and scored is kept beside --out. The noise
+of an answer depends on its prompt and policy alone: but for rounding the number of ranks changes nothing.
 
     python label.py                                                   the toy, on one CPU rank
     deepspeed label.py --model mistralai/Mistral-7B-Instruct-v0.2 --reward_model <a sequence classifier>
@@ -34,16 +34,19 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm  # comes with transformers
 
-from common import (answer_ids, chat_ids, generate, keyed_rng, load_policy, load_reward_model, load_tokenizer,
-                    reward_scores)
+from common import (chat_ids, generate, keyed_rng, load_policy, load_reward_model, load_reward_tokenizer,
+                    load_tokenizer, reward_scores)
 from plumbing.args import parse_args
 from plumbing.checks import check_model, fingerprint
 from plumbing.data import prompt_text, read_data, report_drops, split_of
 from plumbing.errors import BadInput
+from plumbing.files import write_whole
 from plumbing.folders import stage_folder, take_lock
+from plumbing.kept import appended, kept_lines, settings_that_differ
 from plumbing.ranks import all_sum, init_distributed, print0
+from plumbing.rows import reward_chat, reward_fits
+from plumbing.texts import answer_text, ended, readable
 from evaluate import split_words
-from judge import appended, kept_lines, settings_that_differ, write_whole
 
 SHARES = ("sft", "value", "rl", "test")
 SCORING = {"reward_model", "answers"}  # settings that change no sampled answer
@@ -83,7 +86,9 @@ def prompts_of(records, tokenizers, args):
         seen.add(text)
         if len(turns) > 1:
             dropped["prompt of several turns or with a system turn; UltraFeedback's schema has one turn"] += 1
-        elif max(len(chat_ids(t, turns)) for t in tokenizers) > args.max_prompt_length:
+        elif None in (ids := [readable(chat_ids, t, turns) for t in tokenizers]):
+            dropped["prompt that a chat template fails on, or with a control token spelt out"] += 1
+        elif max(map(len, ids)) > args.max_prompt_length:
             dropped[f"prompt over --max_prompt_length {args.max_prompt_length}"] += 1
         else:
             found[text] = record
@@ -148,7 +153,7 @@ class Kept:
         """Every rank gets what all of them have written."""
         dist.barrier()
         for path in self.files():
-            rows, size = kept_lines(path)
+            rows, size = kept_lines(path, "key")
             self.rows.update((row["key"], row) for row in rows)
             self.size = size if path == self.path else self.size
         dist.barrier()  # nobody writes before all have read
@@ -222,8 +227,8 @@ def sample(folder, jobs, prompts, kept, args, device):
                  for text in part]
         found = generate(policy, ids, seeds, args.response_length, jobs[name][1], tokenizer, device,
                          batch=args.micro_batch)
-        return [{"key": answer_key(text, name), "text": tokenizer.decode(y, skip_special_tokens=True).strip(),
-                 "truncated": y[-1] != tokenizer.eos_token_id} for text, y in zip(part, found)]
+        return [{"key": answer_key(text, name), "text": answer_text(tokenizer, y).strip(),
+                 "truncated": not ended(tokenizer, y)} for text, y in zip(part, found)]
     for name, texts in todo.items():
         kept.work(texts, args.micro_batch, functools.partial(answer, name=name), name, device)
 
@@ -237,7 +242,7 @@ def let_go():
 
 def score(answers, prompts, kept, args, reward_model, device):
     """Append the reward model's score of each answer to `kept`; answers: {key: (text of the prompt, policy,
-    answer, truncated)}. It reads them as complete answers, EOS behind them, as every stage will."""
+    answer, truncated)}. Ours reads them as complete answers, EOS behind them, as every stage will."""
     todo = [key for key in answers if key not in kept.rows]
     if not todo:
         return
@@ -245,7 +250,7 @@ def score(answers, prompts, kept, args, reward_model, device):
     model = model.to(device)
 
     def scores(part):
-        chats = [(prompts[text]["prompt"], answer) for text, _, answer, _ in (answers[key] for key in part)]
+        chats = [reward_chat(tokenizer, prompts[a[0]]["prompt"], *a[2:]) for a in map(answers.get, part)]
         found = reward_scores(model, tokenizer, chats, device, args.micro_batch)
         if not np.isfinite(found).all():
             bad = next(chat for chat, x in zip(chats, found) if not np.isfinite(x))
@@ -256,19 +261,18 @@ def score(answers, prompts, kept, args, reward_model, device):
     kept.work(todo, args.micro_batch, scores, "scores", device)
 
 
-def answers_to_score(found, prompts, tokenizer, context, args):
+def answers_to_score(found, prompts, tokenizer, args):
     """{key: (text of the prompt, policy, answer, truncated)} of what can be scored; the rest is counted.
-    truncated: None where it is not known;  tokenizer, context: the reward model's"""
+    truncated: None where it is not known;  tokenizer: the reward model's"""
     answers, dropped, twice = {}, Counter(), 0
-    room = {text: context - len(chat_ids(tokenizer, record["prompt"])) for text, record in prompts.items()}
     for text, policy, answer, truncated in found:
         key = digest([text, policy, answer])  # a file may have several answers of one policy
         if not answer.strip():
             dropped["empty"] += 1
         elif key in answers:
             twice += 1
-        elif len(answer_ids(tokenizer, answer)) > room[text]:
-            dropped[f"longer than the {context} tokens of the reward model's context"] += 1
+        elif not reward_fits(tokenizer, prompts[text]["prompt"], answer):
+            dropped[f"longer than the {tokenizer.context} tokens of the reward model's context"] += 1
         else:
             answers[key] = text, policy, answer, truncated
     source = f"{len(found)} answers, {twice} of them said before by the same policy"
@@ -314,9 +318,8 @@ def check_args(args):
 def default_policies(args):
     """The model of sft.py where there is one, else --model itself; none where the answers are given."""
     sft = Path("runs") / Path(args.model).name / "sft"
-    if args.answers:
-        return []
-    return [f"sft={sft}"] if (sft / "config.json").exists() else [f"{Path(args.model).name}={args.model}"]
+    found = f"sft={sft}" if (sft / "config.json").exists() else f"{Path(args.model).name}={args.model}"
+    return [] if args.answers else [found]
 
 
 def main(args):
@@ -332,8 +335,7 @@ def main(args):
     tokenizers = [load_tokenizer(folder, "--policies") for _, folder in policies]
     for (_, folder), tokenizer in zip(policies, tokenizers):
         check_model(folder, tokenizer, "--policies", tokens, asked)
-    rm_tokenizer = load_tokenizer(reward_model, "--reward_model")
-    context = check_model(reward_model, rm_tokenizer, "--reward_model", tokens, asked, head=True)
+    rm_tokenizer = load_reward_tokenizer(reward_model, "--reward_model", tokens, asked)
     out = Path(args.out or Path("runs") / Path(args.model).name / "labels.jsonl")
     if out.is_dir() or not out.name:
         raise BadInput(f"--out {out} is a folder: name a file in it.")
@@ -368,7 +370,7 @@ def main(args):
                for name, (_, _, its_prompts) in jobs.items() for text in its_prompts]
     found = [(text, name, row["text"], row["truncated"]) for text, name, row in sampled]
     found += [(*answer, None) for answer in given]
-    answers = answers_to_score(found, prompts, rm_tokenizer, context, args)
+    answers = answers_to_score(found, prompts, rm_tokenizer, args)
     score(answers, prompts, scores, args, reward_model, device)
     scores.read()
 
@@ -382,6 +384,7 @@ def main(args):
         for policy, pairs in of_policy.items():
             cut = [truncated for _, truncated in pairs if truncated is not None]
             text = f", {np.mean(cut):.0%} cut at --response_length" if cut else ""
+            text += "; warning: that is most of them: raise it" * (sum(cut) > len(cut) / 2)
             print(f"  {policy}: {len(pairs)} answers, mean score {np.mean([x for x, _ in pairs]):.3f}{text}")
         print(f"{out}: {len(rows)} rows, {len(answers)} answers; scores from {low:.3f} to {high:.3f} became "
               f"1 to 10")

@@ -16,7 +16,6 @@ Every text is escaped, and the page's first lines forbid scripts and requests.
 
 import html
 import io
-import json
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -27,7 +26,10 @@ import numpy as np
 from plumbing.args import parse_args
 from plumbing.data import text_of
 from plumbing.errors import BadInput, one_line
-from evaluate import draw_band, limit_of, named_paths, read_metrics, split_words, token_spans
+from plumbing.files import check_place, read_object, write_whole
+from plumbing.kept import check_ours
+from plumbing.page import limit_of, token_spans
+from evaluate import draw_band, named_paths, read_metrics, split_words
 from judge import read_answers, read_questions
 
 
@@ -151,9 +153,8 @@ def runs_section(args):
     for label, path in named_paths("--runs", args.runs, ("dvpo", "ppo"), "metrics.jsonl", args):
         folder = Path(path).parent if path.endswith(".jsonl") else Path(path)
         found = runs[label][path] = read_metrics(str(folder / "metrics.jsonl"))
-        flags = read_json(folder / "args.json") if (folder / "args.json").exists() else {}
-        if not isinstance(flags, dict):
-            raise BadInput(f"{folder / 'args.json'}: not the flags of a run; take the file away.")
+        file = folder / "args.json"
+        flags = read_object(file, f"{file}: not the flags of a run", "take it away") if file.exists() else {}
         rows.append([escape(label), escape(path), max(max(steps) for steps in found.values()) + 1,
                      *(escape(flags.get(name, "-")) for name in ("lr", "seed")),
                      *(number(last_of(found, name)) for name in (args.reward, "objective/kl",
@@ -235,18 +236,11 @@ TABLES = {"table": plain_table("policies"), "rank": plain_table("accuracy"), "me
           "gvm": gvm_table, "policy": policy_table, "judge": judge_table}
 
 
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{path}: cannot be read ({one_line(e)}); name a file that --json wrote.") from None
-
-
 def tables_section(args):
     parts = ["<h2>Tables</h2>"] if args.tables else []
     for path in args.tables:
-        result = read_json(path)
-        command = result.get("command") if isinstance(result, dict) else None
+        result = read_object(path, f"{path}: cannot be read", "name a file that --json wrote")
+        command = result.get("command")
         if command not in TABLES:
             raise BadInput(f"--tables {path}: not what evaluate.py gvm, evaluate.py policy or judge.py wrote "
                            f"with --json; name such a file.")
@@ -285,7 +279,7 @@ def values_section(args):
     parts = ["<h2>Value of every token</h2><p>The number under a token is the value after it, that on the "
              "question the value before anything is said.</p>"] if args.values else []
     for path in args.values:
-        result = read_json(path)
+        result = read_object(path, f"{path}: cannot be read", "name a file that --json wrote")
         try:
             low, high = (limit_of(result, limit) for limit in (min, max))
             parts += [f"<p><b>{escape(result['question'])}</b> (tau: {escape(result['k'])} answers of "
@@ -302,17 +296,17 @@ def values_section(args):
 
 def main(argv=None):
     args = parse_args(Args, sys.argv[1:] if argv is None else argv)
+    check_ours("--out", args.out, rb'<!doctype html>\n<html lang="en"><head>.{,50}Content-Security-Policy')
+    check_place(args.out, "--out")
     head = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{escape(args.title)}</title><style>{STYLE}</style></head>\n"
             f"<body><h1>{escape(args.title)}</h1>")
     parts = [head, *runs_section(args), *tables_section(args), *answers_section(args), *values_section(args)]
-    try:
-        Path(args.out).write_text("\n".join([*parts, "</body></html>\n"]), encoding="utf-8")
-    except OSError as e:
-        raise BadInput(f"--out {args.out}: cannot write there ({e.strerror}); name another file.") from None
-    print(f"{args.out}: {Path(args.out).stat().st_size / 1e3:.0f} kB")
+    text = "\n".join([*parts, "</body></html>\n"])
+    write_whole(args.out, text)
+    print(f"{args.out}: {len(text) / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":

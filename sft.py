@@ -27,7 +27,7 @@ from common import answer_ids, chat_ids, collate, epoch_rows, load_policy, lora_
 from plumbing.args import RunArgs, parse_args
 from plumbing.checkpoint import Checkpoints
 from plumbing.checks import check_finite
-from plumbing.data import prompt_text, read_data, split_of
+from plumbing.data import best_response, prompt_text, read_data, split_of
 from plumbing.deepspeed_config import adamw, dtype_of, set_lr, step_norm
 from plumbing.folders import output_folder
 from plumbing.inputs import stage_inputs, steps_of
@@ -35,6 +35,7 @@ from plumbing.log import Clock, MetricLog, due
 from plumbing.ranks import all_sum, init_distributed, peak_memory_gb, print0, seed_everything
 from plumbing.rows import report_kept
 from plumbing.saving import save_model
+from plumbing.texts import BadText
 
 
 @dataclass
@@ -91,15 +92,19 @@ def learning_rate(step, steps, args):
 
 def sft_rows(tokenizer, args):
     """(train, held-out) lists of (prompt ids, response ids): the best-scored response of each prompt of the
-    SFT share, or, where the data has one answer and no scores, every row that is not held out."""
+    SFT share, of a pair the chosen one; where the data has one answer and no scores, every row that is not
+    held out."""
     train, test, dropped = [], [], Counter()
     for record in read_data(args.data, args.allow_dropped, log=print0):
         share = split_of(prompt_text(record["prompt"]), args.split_seed)
         if share not in ("sft", "test") and record["shape"] not in ("instruction", "chat"):
             continue
-        # the first response wins a tie; pairs list the chosen one first and may have no scores
-        best = max(record["responses"], key=lambda r: r["score"] if r["score"] is not None else 0.0)
-        row = chat_ids(tokenizer, record["prompt"]), answer_ids(tokenizer, best["text"])
+        best = best_response(record)
+        try:
+            row = chat_ids(tokenizer, record["prompt"]), answer_ids(tokenizer, best["text"])
+        except BadText as e:
+            dropped[e.reason] += 1
+            continue
         if len(row[0]) + len(row[1]) > args.max_length:
             dropped[f"prompt + response over --max_length {args.max_length}"] += 1
         else:

@@ -13,8 +13,8 @@ Why no critic: tau, K recent questions and answers of the policy, tells the one 
 Another reward: train the GVM on it (train_gvm.py --reward), or give values of your own with --value_fn.
 
 Departures from the paper:
-D1  The KL penalty is inside N, so that beta is in units of the GVM's reward. As N divides by sigma (logged as
-    advantages/std), KL weighs beta / sigma in the advantage.
+D1  The KL penalty is inside N: beta is in units of the values per nat, and weighs beta / sigma in A_t (sigma:
+    advantages/std). gae takes from A_t also lambda^l beta KL of the tokens behind t, q beta KL_t alone.
 D2  tau is drawn anew each step from the policy's previous rollouts: one draw for all rows and ranks.
 D3  --advantage gae is the default: on the same GVM it ended at a higher true reward than the paper's q in
     every seed, at no more KL (results/README.md, a).
@@ -54,6 +54,7 @@ from plumbing.rl import (check_scores_finite, fit_tau, held_out_metrics, held_ou
                          load_value_fn, rollout_metrics, self_check, show_samples, SHOWN, warn)
 from plumbing.rows import rl_prompts
 from plumbing.saving import save_model
+from plumbing.texts import answer_text, ended
 
 
 @dataclass
@@ -181,8 +182,8 @@ def rollout(policy, rows, seeds, run):
     args, tokenizer = run.args, run.tokenizer
     answers = generate(policy, [row["prompt_ids"] for row in rows], seeds, args.response_length,
                        args.temperature, tokenizer, run.device, args.static_cache)
-    return [{**row, "response_ids": ids, "truncated": ids[-1] != tokenizer.eos_token_id,
-             "response": tokenizer.decode(ids, skip_special_tokens=True)} for row, ids in zip(rows, answers)]
+    return [{**row, "response_ids": ids, "truncated": not ended(tokenizer, ids),
+             "response": answer_text(tokenizer, ids)} for row, ids in zip(rows, answers)]
 
 
 def draw_tau(previous, groups, k, rng):
@@ -218,7 +219,7 @@ def gvm_values(gvm, rows, tau, run):
     """Q_0 .. Q_R of each row by the frozen GVM, [B, 1 + R] float32, 0 behind an answer's end. tau stands in
     front of every prompt; it is the same for all rows, so that it is read once, and P does not count it."""
     prompts = [chat_ids(run.tokenizer, row["prompt"], tau) for row in rows]
-    model = SharedPrefix(gvm, prompts, len(tau) > 0, run.device)
+    model = SharedPrefix(gvm, prompts, len(tau) > 0, run.device, [row["response_ids"] for row in rows])
     batch = collate(model.rest, [row["response_ids"] for row in rows], run.tokenizer.pad_token_id, run.device)
     values = torch.zeros(len(rows), 1 + batch.mask.shape[1], device=run.device)
     for micro, part in micro_batches(batch, range(len(rows)), run.args.micro_batch):
@@ -391,7 +392,7 @@ def main(args):
 
         # 5. log and steer beta
         if step == 0:
-            self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer)
+            self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer, dtype_of(config))
         metrics.update(update_stats, lr=args.lr, episode=(step + 1) * global_batch,
                        **clock.row(global_batch), **{"memory/peak_gb": peak_memory_gb(device)})
         beta = next_kl_coef(beta, metrics["objective/kl"], args.kl_target, args.kl_horizon, global_batch)

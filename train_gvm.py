@@ -37,15 +37,16 @@ from common import (Run, chat_ids, cut_pair, epoch_rows, keyed_rng, load_value_b
                     td_loss, train_only)
 from plumbing.args import RunArgs, parse_args
 from plumbing.checkpoint import Checkpoints
-from plumbing.checks import check_finite, tokenizer_fingerprint
+from plumbing.checks import base_record, check_finite, tokenizer_fingerprint
 from plumbing.deepspeed_config import adamw, dtype_of, set_lr, step_norm
-from plumbing.folders import model_place, output_folder
+from plumbing.folders import output_folder
 from plumbing.inputs import gvm_stage_inputs, steps_of
 from plumbing.lean import pack
 from plumbing.log import Clock, MetricLog, due
 from plumbing.ranks import all_sum, gather_rows, init_distributed, peak_memory_gb, print0, seed_everything
 from plumbing.rows import reward_map, trajectories
 from plumbing.saving import save_model
+from plumbing.texts import run_date
 
 
 @dataclass
@@ -261,6 +262,7 @@ def main(args):
     train, pairs = trajectories(tokenizer, args)
     run = Run(args, tokenizer, device, rank, world)
     checkpoints = Checkpoints(out, args, (train, pairs), [sft, args.reward_model or None])
+    record = base_record(sft)  # of the weights that it starts from
     reward = reward_map(train, args, dtype_of(config), device)
 
     engine = load_model(sft, config, args)
@@ -310,12 +312,12 @@ def main(args):
     shortened, = all_sum(tau_source.shortened, device=device)
     print0(f"tau: left-out pairs in {shortened:.0f} of {steps * args.batch_size} rows drawn")
     save_model(engine, tokenizer, out, extra={"gvm.json": {
-        "base_model": model_place(sft), "k": args.k,
+        **record, "k": args.k,
         "tau_format": "earlier turns of the same chat", "tau_question_tokens": args.tau_question_tokens,
         "tau_answer_tokens": args.tau_answer_tokens, "max_length": args.max_length, "context": context,
         "gamma": args.gamma, "lam": args.lam, "chat_template": tokenizer.chat_template,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), "split_seed": args.split_seed,
-        "reward": reward}})
+        "date": run_date(), "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "split_seed": args.split_seed, "reward": reward}})
     checkpoints.finish()
 
 

@@ -50,6 +50,7 @@ from plumbing.rl import (check_scores_finite, held_out_metrics, held_out_rows, l
                          rollout_metrics, score_metrics, self_check, show_samples, SHOWN, warn)
 from plumbing.rows import rl_prompts
 from plumbing.saving import save_model
+from plumbing.texts import answer_text, ended
 
 
 @dataclass
@@ -151,8 +152,8 @@ def rollout(policy, rows, seeds, run):
     args, tokenizer = run.args, run.tokenizer
     answers = generate(policy, [row["prompt_ids"] for row in rows], seeds, args.response_length,
                        args.temperature, tokenizer, run.device, args.static_cache)
-    return [{**row, "response_ids": ids, "truncated": ids[-1] != tokenizer.eos_token_id,
-             "response": tokenizer.decode(ids, skip_special_tokens=True)} for row, ids in zip(rows, answers)]
+    return [{**row, "response_ids": ids, "truncated": not ended(tokenizer, ids),
+             "response": answer_text(tokenizer, ids)} for row, ids in zip(rows, answers)]
 
 
 Scored = namedtuple("Scored", "batch entropy logp ref_logp scores baselines")
@@ -310,7 +311,7 @@ def main(args):
 
         # 5. log and steer beta
         if step == 0:
-            self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer)
+            self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer, dtype_of(config))
         metrics.update(update_stats, lr=args.lr, episode=(step + 1) * global_batch,
                        **clock.row(global_batch), **{"memory/peak_gb": peak_memory_gb(device)})
         beta = next_kl_coef(beta, metrics["objective/kl"], args.kl_target, args.kl_horizon, global_batch)

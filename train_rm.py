@@ -31,15 +31,16 @@ from transformers import AutoModelForSequenceClassification
 from common import disable_dropout, epoch_rows, last_token_scores, lora_config, train_only
 from plumbing.args import RunArgs, parse_args
 from plumbing.checkpoint import Checkpoints
-from plumbing.checks import check_finite, load_weights, tokenizer_fingerprint
+from plumbing.checks import base_record, check_finite, load_weights, tokenizer_fingerprint
 from plumbing.deepspeed_config import adamw, dtype_of, set_lr, step_norm
 from plumbing.errors import BadInput
-from plumbing.folders import model_place, output_folder
+from plumbing.folders import output_folder
 from plumbing.inputs import stage_inputs, steps_of
 from plumbing.log import Clock, MetricLog, due
 from plumbing.ranks import all_sum, gather_rows, init_distributed, peak_memory_gb, print0, seed_everything
 from plumbing.rows import preference_rows
 from plumbing.saving import save_model
+from plumbing.texts import run_date
 
 
 @dataclass
@@ -136,10 +137,10 @@ def main(args):
     if args.lora_r < 1:
         raise BadInput(f"--lora_r {args.lora_r} must be at least 1.")
     seed_everything(args.seed)
-    sft, tokenizer, config, _ = stage_inputs(args, world)
+    sft, tokenizer, config, _ = stage_inputs(args, world, head=AutoModelForSequenceClassification)
     out = output_folder(args)
     train, test = preference_rows(tokenizer, args)
-    checkpoints = Checkpoints(out, args, (train, test), models=[sft])
+    checkpoints, record = Checkpoints(out, args, (train, test), models=[sft]), base_record(sft)
 
     engine = load_model(sft, config, args)
     steps = steps_of(args, train, test, "pairs", world)
@@ -185,8 +186,8 @@ def main(args):
         _, scores = held_out(engine, rows, tokenizer, args, rank, world, device)
     center, scale = float(scores.mean()), float(2 * scores.std() + 1e-8)
     save_model(engine, tokenizer, out, extra={"rm.json": {
-        "base_model": model_place(sft), "center": center,
-        "scale": scale, "max_length": args.max_length, "chat_template": tokenizer.chat_template,
+        **record, "center": center, "scale": scale, "max_length": args.max_length,
+        "chat_template": tokenizer.chat_template, "date": run_date(),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), "split_seed": args.split_seed}})
     checkpoints.finish()
     print0(f"scores: mean {center:.3f}, two standard deviations {scale:.3f}")

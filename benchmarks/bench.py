@@ -30,6 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from plumbing.files import check_place, write_whole
 from plan import FRAMEWORK_GB, count, kv_bytes, plan, read_config
 
 TEMPLATE = ("{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ ' ' + eos_token }}"
@@ -167,13 +168,15 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         config, ds = read_config(args.config), json.loads((ROOT / args.ds_config).read_text())
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         sys.exit(f"error: {args.config}, {args.ds_config}: cannot be read as JSON configs ({e}).")
     bytes_per_weight = 2 if ds.get("bf16", {}).get("enabled") else 4
     if args.steps < 3:
         sys.exit(f"error: --steps {args.steps}: the first two are not counted, take at least 3.")
     if "ppo_shared" in args.methods and not args.lora_r:
         sys.exit("error: --methods ppo_shared needs --lora_r: its models are LoRA on one base.")
+    if args.json:
+        check_place(args.json, "--json")
     needed = (1 + args.k) * (args.prompt + args.response + 1)
     if needed > config.max_position_embeddings:
         sys.exit(f"error: --k {args.k}: {needed} tokens of tau, prompt and answer exceed the context of "
@@ -206,7 +209,7 @@ def main(argv=None):
               f"{score_update[0] / score_update[1]:.2f}, memory beyond an empty process "
               f"{d['models_gb'] / p['models_gb']:.2f}")
     if args.json:
-        Path(args.json).write_text(json.dumps({"flags": vars(args), "results": results}, indent=1) + "\n")
+        write_whole(args.json, json.dumps({"flags": vars(args), "results": results}, indent=1) + "\n")
     return results
 
 

@@ -32,6 +32,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from plumbing.files import write_whole
+
 GB = 1e9
 LIVE = 1e9  # DeepSpeed's stage3_max_live_parameters: so many gathered weights at a time
 LOGIT_TOKENS = 1024  # lean.response_logprobs makes the logits of about this many tokens at a time
@@ -151,7 +155,7 @@ def main(argv=None):
         if min(args.gpus) < 1:
             sys.exit("error: --gpus must be at least 1.")
         plan(config, ds[min(ds)], 1, "dvpo")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         sys.exit(f"error: {args.config}, {' '.join(args.ds_config)}: cannot be read as the config of a "
                  f"Llama-like causal model and DeepSpeed configs ({e}).")
     flags = {name: getattr(args, name)
@@ -172,7 +176,7 @@ def main(argv=None):
               + " | ".join(f"{x:.1f}" for x in numbers)
               + f" | {'yes' if row['peak'] <= args.gpu_gb else 'no'} |")
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+        write_whole(args.json, json.dumps(rows, indent=1) + "\n")
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import os
 import pkgutil
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from plumbing.errors import MADE_BY, BadInput, one_line
+from plumbing.files import check_place
+from plumbing.kept import check_ours
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +44,7 @@ def parse_args(cls, argv=None):
     parser = HfArgumentParser(cls, description=inspect.getmodule(cls).__doc__.split("\n\n")[0],
                               allow_abbrev=False)
     values = parser.parse_args(argv)
+    check_names(values)
     world = getattr(values, "model", "")
     if re.fullmatch(r"\w+", world) and (ROOT / world / "defaults.py").exists():
         names = {field.name for field in dataclasses.fields(cls)}
@@ -55,9 +59,23 @@ def parse_args(cls, argv=None):
     return cls(**vars(values))
 
 
+TEXTS = {"question", "responses", "title", "judge_url"}  # flags that may be long; the others name something
+
+
+def check_names(values):
+    """Refuse what no file can be called: it would end the run when it is written, or before that."""
+    for flag, value in vars(values).items():
+        for word in filter(None, value if isinstance(value, list) else [value]):
+            if isinstance(word, str) and re.search("[\\0\ud800-\udfff]", word):
+                raise BadInput(f"--{flag} {ascii(word[:60])}: not UTF-8; give it another name.")
+            if isinstance(word, str) and flag not in TEXTS and (
+                    len(word) > 4000 or max(len(part.encode()) for part in re.split("[/=]", word)) > 255):
+                raise BadInput(f"--{flag} {word[:60]!r}...: {len(word)} letters are too long for a name.")
+
+
 def command_args(cls, commands, argv, outputs):
     """(command, its arguments) of a script that has several commands; whose help begins "command: " or
-    "one, other: " belongs to these. outputs: flags that name a file to write."""
+    "one, other: " belongs to these. outputs: {flag that names a file to write: how an earlier one begins}"""
     argv = sys.argv[1:] if argv is None else argv
     argv = [word for word in argv if not re.match("--local[-_]rank=", word)]  # the launcher puts it in front
     script = Path(inspect.getfile(cls)).name
@@ -73,23 +91,18 @@ def command_args(cls, commands, argv, outputs):
         if owners & set(commands) and argv[0] not in owners and f"__{flag.name}" in typed:
             raise BadInput(f"--{flag.name} is a flag of `{script} {' and '.join(sorted(owners))}`, not of "
                            f"{argv[0]}.")
-    for flag in outputs:  # an unwritable place shows before the expensive work
-        try:
-            if getattr(args, flag):
-                made = not os.path.exists(getattr(args, flag))
-                open(getattr(args, flag), "a").close()
-                if made:  # a run that ends early leaves no empty file
-                    os.remove(getattr(args, flag))
-        except OSError as e:
-            raise BadInput(f"--{flag}: cannot write {e.filename} ({e.strerror}); name another.") from None
+    for flag, begins in dict(outputs).items():
+        if getattr(args, flag):
+            check_ours(f"--{flag}", getattr(args, flag), begins)
+            check_place(getattr(args, flag), f"--{flag}")
     return argv[0], args
 
 
 MOST = 1e12
 LIMITS = {  # flag: smallest and largest value, in every script that has it
     **dict.fromkeys(("lr", "critic_lr", "warmup_steps", "critic_warmup", "max_grad_norm", "eval_every",
-                     "sample_every", "save_every", "eval_pairs", "eval_prompts", "seed", "split_seed", "k",
-                     "lora_r", "kl_coef", "kl_target", "early_stop_kl", "temperature"), (0, MOST)),
+                     "sample_every", "save_every", "eval_pairs", "eval_prompts", "seed", "split_seed",
+                     "kl_coef", "kl_target", "early_stop_kl", "temperature"), (0, MOST)),
     "label_smoothing": (0, 0.5),
     **dict.fromkeys(("epochs", "lora_alpha", "max_length", "max_prompt_length", "response_length", "keep",
                      "kl_horizon", "tau_question_tokens", "tau_answer_tokens", "pairs", "prompts", "examples",
@@ -97,7 +110,30 @@ LIMITS = {  # flag: smallest and largest value, in every script that has it
     **dict.fromkeys(("gamma", "lam", "gae_lam", "tau_warmup", "lora_dropout"), (0, 1)),
     **dict.fromkeys(("cliprange", "cliprange_value", "beta"), (1e-6, MOST)),
     **dict.fromkeys(("missing_eos_penalty", "score_min", "score_max"), (-MOST, MOST)),
-    "max_steps": (-1, MOST)}
+    **dict.fromkeys(("batch_size", "rollout_batch", "accum_steps", "ppo_epochs"), (0, 1e6)),
+    "max_steps": (-1, MOST), "k": (0, 1000), "lora_r": (0, 10_000),
+    "parallel": (1, 1000), "retries": (0, 100), "timeout": (0.01, 1e6), "judge_tokens": (1, 1e6)}
+
+
+def load_numbers(spec, flag):
+    """load_plug of a function that gives a number for each row; BadInput where it gives anything else."""
+    plug = load_plug(spec, flag)
+
+    def numbers(rows, *more):
+        found = numbers_of(plug(rows, *more))
+        if len(found) != len(rows):
+            raise BadInput(f"{flag} {spec}: returned {len(found)} rewards for {len(rows)} rows: it must "
+                           f"return one finite number for each.")
+        return found
+    return numbers
+
+
+def numbers_of(found):
+    """The finite numbers among what a function of your own returned."""
+    try:
+        return [x for x in (float(x) for x in found if not isinstance(x, (str, bytes))) if math.isfinite(x)]
+    except (TypeError, ValueError, OverflowError):
+        return []
 
 
 def load_plug(spec, flag):

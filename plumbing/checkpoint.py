@@ -11,6 +11,7 @@ is found when it is read. DeepSpeed's files are pickles: resume only from folder
 """
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -28,9 +29,11 @@ import torch
 import torch.distributed as dist
 
 from plumbing.checks import fingerprint
-from plumbing.errors import BadInput, one_line, writing
+from plumbing.errors import KEPT, BadInput, one_line, writing
+from plumbing.files import read_object, sync, write_whole
 from plumbing.log import due
 from plumbing.ranks import gather_rows, parents, print0
+from plumbing.texts import run_date
 
 
 MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank", "track"}  # they change no number
@@ -57,6 +60,9 @@ class Checkpoints:
             if Path(out).resolve() == Path(model).resolve():
                 raise BadInput(f"--output_dir {out}: a model that this run reads lies here; choose another "
                                f"folder.")
+        if (Path(out) / "config.json").exists() and not (Path(out) / "args.json").exists():
+            raise BadInput(f"--output_dir {out}: a model lies here that is of no run of ours (no args.json) "
+                           f"and would be replaced; choose another folder.")
         self.folder, self.args = Path(out) / "checkpoints", args
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in MAY_DIFFER}
@@ -68,18 +74,22 @@ class Checkpoints:
                      **{f"content of {model}": fingerprint(model) for model in models}}
         self.same = json.loads(json.dumps(self.same, default=str))
         self.finished = self.folder.parent / "finished.json"
+        if os.path.lexists(self.folder) and not (
+                self.folder.is_dir() and os.access(self.folder, os.R_OK | os.W_OK | os.X_OK)):
+            raise BadInput(f"{self.folder}: no folder that can be read and written, or a link to none: mount "
+                           f"its disk, or take it away.")
         self.found = self.find()
 
     # ---- reading ----
 
     def find(self):
         """(folder of the checkpoint to go on from, its rank file of this rank), or None to start anew."""
-        if self.args.resume and self.finished.exists():
-            try:
-                self.check_same(json.loads(self.finished.read_text()), self.finished)
-            except (OSError, ValueError) as e:
-                raise BadInput(f"{self.finished}: cannot be read ({one_line(e)}): delete it and run without "
-                               f"--resume, or choose another --output_dir.") from None
+        if self.args.resume and os.path.lexists(self.finished):
+            then = read_object(self.finished, f"{self.finished}: cannot be read", "delete it and run without "
+                               "--resume, or choose another --output_dir")
+            self.check_same(then, self.finished)
+            dist.barrier()  # what one rank has refused must not be changed by another
+            self.clear()  # left by a run that was killed when it had finished
             print0(f"{self.folder.parent}: this run is finished, nothing is left to do")
             raise SystemExit(0)
         found = self.whole()[::-1]
@@ -97,8 +107,9 @@ class Checkpoints:
         else:
             print0(f"warning: --resume: no complete checkpoint in {self.folder}: starting from the beginning")
             return None
-        written_by = json.loads((path / "done.json").read_text())["ranks"]
-        mine = json.loads((path / f"rank{self.rank % written_by}.json").read_text())
+        read = functools.partial(read_object, wrong=f"{path}: cannot be read", otherwise="delete it")
+        written_by = read(path / "done.json")["ranks"]
+        mine = read(path / f"rank{self.rank % written_by}.json")
         self.check_same(mine["same"], path)
         return path, mine
 
@@ -111,7 +122,12 @@ class Checkpoints:
 
     def whole(self):
         """The complete checkpoints, by step."""
-        return sorted(path for path in self.folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
+        return sorted(path for path in self.ours() if path.name.startswith("step"))
+
+    def ours(self):
+        """What runs have written into the folder of checkpoints."""
+        return [path for path in (self.folder.iterdir() if self.folder.is_dir() else ())
+                if re.fullmatch(r"step_\d{8}|\.saving_\d+|\.old_step_\d{8}", path.name)]
 
     def resume(self, engines):
         """(first step to do, what the loop had handed to `after`), weights and random states restored."""
@@ -121,10 +137,10 @@ class Checkpoints:
         if self.rank == 0:
             with writing(self.folder.parent):
                 if not self.args.resume:  # left by a run that was killed when it had finished
-                    shutil.rmtree(self.folder, ignore_errors=True)
+                    self.clear()
                 self.finished.unlink(missing_ok=True)
-                flags = json.dumps(dataclasses.asdict(self.args), indent=1)
-                (self.folder.parent / "args.json").write_text(flags)
+                flags = json.dumps({**dataclasses.asdict(self.args), "date": run_date()}, indent=1)
+                write_whole(self.folder.parent / "args.json", flags, KEPT)
         if self.found is None:
             return 0, {}
         path, mine = self.found
@@ -136,15 +152,16 @@ class Checkpoints:
 
     def damage(self, path):
         """What is wrong with a checkpoint, "" for nothing; the files are read by all ranks together."""
-        try:
-            done = json.loads((path / "done.json").read_text())
-            files = done["files"]
-            if done["checksum"] != checksum_of(done["ranks"], files):
+        def files_of(done):
+            if done["checksum"] != checksum_of(done["ranks"], done["files"]):
                 raise ValueError("its own checksum is wrong")
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            return f"done.json: {one_line(repr(e))}"
+            return sorted(done["files"].items())
+        try:
+            files = read_object(path / "done.json", "done.json cannot be read", "delete it", files_of)
+        except BadInput as e:
+            return str(e)
         wrong = []
-        for name, expected in sorted(files.items())[self.rank::self.world]:
+        for name, expected in files[self.rank::self.world]:
             try:
                 found = size_and_checksum(path / name)
             except OSError as e:
@@ -175,8 +192,8 @@ class Checkpoints:
         with writing(saving):
             if self.rank == 0:
                 self.folder.mkdir(exist_ok=True)
-                for left in self.folder.glob(".*_*"):  # of a run that was killed while it wrote
-                    shutil.rmtree(left, ignore_errors=True)
+                for left in set(self.ours()) - set(self.whole()):  # of a run that was killed while it wrote
+                    remove(left)
                 saving.mkdir()
             dist.barrier()
             for name, engine in self.engines.items():
@@ -192,14 +209,15 @@ class Checkpoints:
                 done = saving / "done.json"
                 done.write_text(json.dumps({"ranks": self.world, "files": files,
                                             "checksum": checksum_of(self.world, files)}))
-                size_and_checksum(done)
+                sync(done, *(folder for folder in saving.rglob("*") if folder.is_dir()), saving)
                 for damaged in self.whole():  # resume() went past them
                     if damaged >= path:
-                        shutil.rmtree(damaged)
+                        remove(damaged)
                 os.rename(saving, path)
+                sync(self.folder)
                 for old in self.whole()[:-self.args.keep]:
                     gone = old.rename(self.folder / f".old_{old.name}")  # a name step_<n> is a whole one
-                    shutil.rmtree(gone)
+                    remove(gone)
         dist.barrier()
         return path
 
@@ -207,11 +225,34 @@ class Checkpoints:
         """The run is done and its model saved: its checkpoints are of no more use."""
         dist.barrier()
         if self.rank == 0:
-            with writing(self.folder.parent):
-                self.finished.write_text(json.dumps(self.same, indent=1))
-            shutil.rmtree(self.folder, ignore_errors=True)
+            write_whole(self.finished, json.dumps(self.same, indent=1), KEPT)
+        self.clear()
         dist.barrier()  # a rank that ends while another is at work can take it down
         self.signals.restore()
+
+    def clear(self):
+        """Remove the checkpoints, and their folder where it is no link to another disk and holds nothing
+        else. One that stays is an error: a later run would take it for its own."""
+        if self.rank or not self.folder.is_dir():
+            return
+        try:
+            for path in self.ours():
+                remove(path)
+            if self.ours():
+                raise OSError(f"{self.ours()[0].name} is still there")
+            if not self.folder.is_symlink() and not any(self.folder.iterdir()):
+                self.folder.rmdir()
+        except OSError as e:
+            raise BadInput(f"{self.folder}: checkpoints of a run that is over cannot be removed "
+                           f"({one_line(e)}): do it, as a later run would take them for its own.") from None
+
+
+def remove(path):
+    """A folder with all that is in it; of a link the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def checksum_of(ranks, files):

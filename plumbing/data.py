@@ -32,12 +32,21 @@ import json
 import math
 import unicodedata
 from collections import Counter
+from decimal import Decimal
 
 from plumbing.errors import BadInput, one_line
 from plumbing.files import read_rows, wrong_type
 
 
 ROLES = ("system", "user", "assistant")
+
+
+MESSAGE = {"role": None, "content": None}
+COLUMNS = {  # all that is read of a row, see read_rows
+    **dict.fromkeys(("instruction", "input", "output", "group", "score_chosen", "score_rejected")),
+    **dict.fromkeys(("messages", "prompt", "chosen", "rejected"), MESSAGE),
+    "completions": {**dict.fromkeys(("model", "response", "overall_score", "fine-grained_score")),
+                    "annotations": {"*": {"Rating": None}}}}
 
 
 MAX_DROPPED = 0.10  # fraction of the responses; above it a file is more likely misread than noisy
@@ -170,7 +179,7 @@ def parse_completion(completion, where, name):
 
 def number_of(value):
     """float of a number or a string that spells one; None for "N/A", "", NaN, infinities, anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, str, Decimal)):
         return None
     try:
         number = float(value)
@@ -275,7 +284,7 @@ def read_data(source, allow_dropped=False, log=print, needs="scores"):
     """
     records, shapes, dropped, first = [], Counter(), Counter(), {}
     repaired = kept = 0
-    for where, row in read_rows(source):
+    for where, row in read_rows(source, COLUMNS):
         record, faults = record_of(where, row, needs)
         shape = shape_of(row) or "prompt"
         shapes[shape] += 1
@@ -336,6 +345,14 @@ def preference_pair(record, seed, responses=None):
         return None
     key = json.dumps([seed, prompt_text(record["prompt"]), [response["text"] for response in scored]])
     return chosen, lower[int(fraction_of(key) * len(lower))]
+
+
+def best_response(record):
+    """The chosen one of a pair; else the best-scored one, the first of equals or where none has a score."""
+    if record["shape"] in ("binarized", "pairs"):
+        return record["responses"][0]
+    scored = [response for response in record["responses"] if response["score"] is not None]
+    return max(scored or record["responses"][:1], key=lambda response: response["score"] or 0.0)
 
 
 def all_pairs(record, responses):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ def ds_config(path, micro_batch=1, max_grad_norm=1.0):
         bf16 = config.get("bf16", {}).get("enabled", False)
         if type(zero_stage(config)) is not int or type(bf16) is not bool:  # DeepSpeed takes "3" and "false"
             raise ValueError("`stage` must be a whole number and bf16's `enabled` true or false, unquoted")
+        check_zero(config.get("zero_optimization", {}))
         if "offload_optimizer" in config.get("zero_optimization", {}) and config.get(
                 "zero_force_ds_cpu_optimizer", True):
             raise ValueError("offload_optimizer needs zero_force_ds_cpu_optimizer: false, as in "
@@ -41,6 +44,20 @@ def ds_config(path, micro_batch=1, max_grad_norm=1.0):
 
 DS_KEYS = {"bf16", "zero_optimization", "zero_force_ds_cpu_optimizer", "communication_data_type",
            "prescale_gradients", "aio", "comms_logger", "wall_clock_breakdown", "flops_profiler"}
+
+
+def check_zero(zero):
+    """Raise for settings that DeepSpeed takes, and that would change numbers or write to a wrong place."""
+    lossy = [name for name, value in zero.items() if value and re.match("zero_|zeropp_|zenflow", name)]
+    if lossy:
+        raise ValueError(f"{', '.join(lossy)}: ZeRO++ and ZenFlow round or delay weights and gradients, "
+                         f"and no number here would be what it says; take it out")
+    for part in ("offload_param", "offload_optimizer"):
+        offload = zero.get(part) or {}
+        place = str(offload.get("nvme_path") or "")
+        if offload.get("device") == "nvme" and not (os.path.isdir(place) and os.access(place, os.W_OK)):
+            raise ValueError(f"{part}: nvme_path {place!r} is no folder to write to, and DeepSpeed would "
+                             f"make one, wherever that is; make it yourself")
 
 
 def is_plain(config):

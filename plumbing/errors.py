@@ -21,7 +21,9 @@ def made_by(path):
 
 
 def one_line(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """The beginning of a foreign text, without what a terminal would take for a command or cannot show."""
+    text = " ".join(str(error).split())[:200]
+    return "".join(c if c.isprintable() else "?" for c in text) or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -40,16 +42,18 @@ def loading(path, flag):
         raise BadInput(f"{flag} {path}: cannot load it ({why}){made_by(path)}.") from None
 
 
+KEPT = "the last complete checkpoint and model are kept, --resume True goes on"
+
+
 @contextlib.contextmanager
-def writing(path):
+def writing(path, then=KEPT):
     """What cannot be written (a full disk, a lost mount) ends in one sentence."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have classes of their own
         if LOST_RANK.search(str(e)):
             raise
-        raise BadInput(f"{path}: could not be written ({one_line(e)}): make room there; the last complete "
-                       f"checkpoint and model are kept, --resume True goes on.") from None
+        raise BadInput(f"{path}: could not be written ({one_line(e)}): make room there; {then}.") from None
 
 
 LOST_RANK = re.compile(r"Connection (closed|reset) by peer")  # what a collective says that lost its partner

@@ -1,13 +1,15 @@
 """Where a run writes and where it finds what an earlier stage wrote."""
 
 import inspect
-import json
+import os
 from pathlib import Path
 
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
-from plumbing.errors import BadInput, one_line
+from plumbing.errors import BadInput
+from plumbing.files import read_object
+from plumbing.texts import start_date
 
 LOCKS = {}  # place of a lock file -> the lock; it goes with the process, however that ends
 
@@ -19,6 +21,7 @@ def output_folder(args):
     stage = Path(inspect.getfile(type(args))).stem.removeprefix("train_")
     out = Path(args.output_dir or Path("runs") / Path(args.model).name / stage)
     take_lock(out / ".lock", f"--output_dir {out}")
+    start_date(out, args.resume)
     return out
 
 
@@ -56,10 +59,8 @@ def model_place(path):
 
 def base_of(path):
     """Where the weights are that an adapter's folder builds on; `path` itself when it holds no adapter."""
-    try:
-        return json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except FileNotFoundError:
+    config = Path(path) / "adapter_config.json"
+    if not os.path.lexists(config):  # a link to nothing is read, and so refused
         return path
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise BadInput(f"{path}: its adapter_config.json cannot be read ({one_line(repr(e))}); train it "
-                       f"again.") from None
+    return read_object(config, f"{path}: its adapter_config.json cannot be read", "train it again",
+                       lambda settings: os.fspath(settings["base_model_name_or_path"]))

@@ -2,9 +2,12 @@
 
 import math
 
-from common import load_tokenizer
+from transformers import AutoModelForTokenClassification
+
+from common import load_reward_tokenizer, load_tokenizer
 from plumbing.args import load_plug
-from plumbing.checks import check_model, gvm_settings, rendered_end, reward_scale, tokenizer_fingerprint
+from plumbing.checks import (check_class, check_model, check_tau, gvm_settings, read_as_gvm,
+                             tokenizer_fingerprint)
 from plumbing.deepspeed_config import ds_config
 from plumbing.errors import BadInput
 from plumbing.folders import base_of, model_place, stage_folder
@@ -13,9 +16,10 @@ from plumbing.ranks import print0
 
 # ---- stages that train on given answers --------------------------------------------------------------------
 
-def stage_inputs(args, world, base=None):
+def stage_inputs(args, world, base=None, head=None):
     """(model folder, its tokenizer, DeepSpeed config, context [tokens]) of a stage that trains on given
-    answers. base: (folder or id, its flag) in place of the SFT model"""
+    answers. base: (folder or id, its flag) in place of the SFT model;  head: the class whose head is put on
+    it, see check_class"""
     split_batch(args.batch_size, args.micro_batch, world)
     if base is None:
         base = stage_folder(args.model, "sft", args.sft_model, "--sft_model",
@@ -23,6 +27,7 @@ def stage_inputs(args, world, base=None):
     config = ds_config(args.ds_config, args.micro_batch, args.max_grad_norm)
     tokenizer = load_tokenizer(*base)
     context = check_model(base[0], tokenizer, base[1], args.max_length, f"--max_length {args.max_length}")
+    check_class(head, *base)
     return base[0], tokenizer, config, context
 
 
@@ -37,9 +42,12 @@ def gvm_stage_inputs(args, world):
         raise BadInput(f"--lora_r {args.lora_r} must be at least 1, --gamma {args.gamma:g} above 0 and "
                        f"--score_min {args.score_min:g} below --score_max {args.score_max:g}.")
     if args.reward_model:
-        check_model(args.reward_model, load_tokenizer(args.reward_model, "--reward_model"), "--reward_model",
-                    args.max_length, f"--max_length {args.max_length}", head=True)
-    return stage_inputs(args, world)
+        load_reward_tokenizer(args.reward_model, "--reward_model", args.max_length,
+                              f"--max_length {args.max_length}")
+    sft, tokenizer, *rest = stage_inputs(args, world, head=AutoModelForTokenClassification)
+    if args.k:
+        check_tau(tokenizer, f"--k {args.k}", sft, "--sft_model")
+    return sft, tokenizer, *rest
 
 
 def split_batch(batch_size, micro_batch, world):
@@ -106,7 +114,6 @@ def gvm_inputs(args, sft, tokenizer):
     folder = stage_folder(args.model, "gvm", args.value_model, "--value_model",
                           f"train_gvm.py --model {args.model}")
     settings = gvm_settings(folder)
-    check_model(settings["base_model"], tokenizer, f"base model of --value_model {folder}:")
     tokens, asked = room(args)
     if tokens > settings["context"]:
         raise BadInput(f"{asked}: more than the {settings['context']} tokens that --value_model {folder} can "
@@ -114,8 +121,7 @@ def gvm_inputs(args, sft, tokenizer):
     if settings["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
         raise BadInput(f"--value_model {folder}: it was trained with another tokenizer than {sft} has; train "
                        f"a GVM on this SFT model.")
-    tokenizer.chat_template = settings["chat_template"]
-    rendered_end(tokenizer, folder, "--value_model")
+    read_as_gvm(tokenizer, settings)
     settings["on_sft"] = settings["base_model"] == model_place(sft)
     return folder, settings
 
@@ -129,8 +135,7 @@ def reward_inputs(args):
         return None
     rm = stage_folder(args.model, "rm", args.reward_model, "--reward_model",
                       f"train_rm.py --model {args.model}")
-    check_model(rm, load_tokenizer(rm, "--reward_model"), "--reward_model", *room(args), head=True)
-    reward_scale(rm)
+    load_reward_tokenizer(rm, "--reward_model", *room(args))
     return rm
 
 
@@ -138,8 +143,9 @@ def critic_inputs(args, sft, rm, tokenizer):
     """The folder that the critic starts from, checked: --critic_model, the reward model, or the SFT model."""
     folder = args.critic_model or rm or sft
     flag = "--critic_model" if args.critic_model else "--reward_model"
-    its_tokenizer = load_tokenizer(folder, flag)
+    its_tokenizer = load_tokenizer(folder, flag, asks=False)
     check_model(folder, its_tokenizer, flag, *room(args), head=True)
+    check_class(AutoModelForTokenClassification, base_of(folder), flag)
     if tokenizer_fingerprint(its_tokenizer) != tokenizer_fingerprint(tokenizer):
         raise BadInput(f"--critic_model {folder}: another vocabulary than the policy's; name a model of the "
                        f"policy's family, for example the SFT model.")

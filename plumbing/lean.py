@@ -6,9 +6,11 @@ import copy
 import functools
 import inspect
 import os
+import weakref
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
@@ -16,9 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaModel
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from common import disable_dropout, load_policy, lora_config, train_only
+from common import collate, disable_dropout, load_policy, lora_config, train_only
 from plumbing.checks import reward_scale
 from plumbing.deepspeed_config import adamw, dtype_of
+from plumbing.errors import BadInput, one_line
+from plumbing.ranks import all_sum, gather_rows, print0
 from plumbing.rl import load_reward
 
 # What models call the keys and values that they are given; transformers 5.24 renamed it
@@ -64,12 +68,25 @@ def response_logprobs(lm, states, actions, mask, temperature, chunks, **inputs):
     return in_rows(logp), in_rows(entropy)
 
 
+@torch.no_grad()
+def check_logprobs(lm):
+    """Refuse a causal LM that does to its logits what response_logprobs does not know of."""
+    ids = torch.arange(3, 11, device=lm.device)[None] % lm.config.get_text_config().vocab_size
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    wanted = torch.log_softmax(lm(**inputs).logits[:, :-1].float(), -1).gather(-1, ids[:, 1:, None])[..., 0]
+    got, _ = response_logprobs(lm, slice(0, -1), ids[:, 1:], torch.ones_like(wanted).bool(), 1.0, 1, **inputs)
+    if (got - wanted).abs().max() > (1e-3 if lm.dtype == torch.float32 else 0.5):
+        raise BadInput(f"{lm.config.name_or_path}: its log-probs are not those of its output layer on its "
+                       f"last hidden states ({lm.config.model_type}): name a model of another family.")
+
+
 class LogProbs(torch.nn.Module):
     """A causal LM that answers with the log-probs of response tokens, see response_logprobs; asked without
     `states` it answers with logits, as it always did: functions of your own (--truth_fn) may want them."""
 
     def __init__(self, lm):
         super().__init__()
+        check_logprobs(lm)
         self.lm, self.config = lm, lm.config
 
     def forward(self, **inputs):
@@ -100,6 +117,8 @@ class OneBase(torch.nn.Module):
         super().__init__()
         from peft import PeftModel, get_peft_model
         from peft.tuners.lora import LoraLayer
+        if gvm is None:
+            check_logprobs(lm)
         self.adapters, self.heads = lm, torch.nn.ModuleDict()
         if gvm is not None:
             self.adapters, self.lm_head = gvm, lm.get_output_embeddings()
@@ -170,27 +189,36 @@ class SharedPrefix:
     prefix(batch) -> logits at the columns of a batch of `rest` and responses, as if it began with the prefix
     """
 
-    def __init__(self, model, prompts, share, device):
-        """share: False where no prefix is worth it"""
-        n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        # Sliding-window attention would count the padding between the prefix and a row's own tokens
-        n = n if share and not getattr(model_config(model), "sliding_window", None) else 0
-        self.model, self.rest, self.cache = model, [ids[n:] for ids in prompts], None
-        if n:
-            self.cache = DynamicCache()
-            model(input_ids=torch.tensor([prompts[0][:n]], device=device), use_cache=True,
-                  **{CACHE: self.cache})
+    def __init__(self, model, prompts, share, device, responses=()):
+        """share: False where no prefix is worth it;  responses: token ids that will follow the prompts"""
+        if share:  # asked by all ranks together, of the longest row of all
+            longest = max(map(len, prompts)) + max(map(len, responses), default=0)
+            share = can_share_prefix(model, max(gather_rows([longest])), device)
+        n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1) if share else 0
+        self.model, self.rest = model, [ids[n:] for ids in prompts]
+        self.cache = read_prefix(model, prompts[0][:n], device) if n else None
 
     def __call__(self, batch):
-        attention, positions, cache = batch.attention, batch.positions, None
-        if self.cache is not None:
-            cache = copy.deepcopy(self.cache)  # a forward pass appends to it
-            cache.batch_repeat_interleave(len(batch.ids))
-            n = self.cache.get_seq_length()
-            attention = torch.cat([attention.new_ones(len(attention), n), attention], dim=1)
-            positions = positions + n
-        return self.model(input_ids=batch.ids, attention_mask=attention, position_ids=positions,
-                          use_cache=cache is not None, **{CACHE: cache}).logits
+        return read_behind(self.model, self.cache, batch)
+
+
+def read_prefix(model, ids, device):
+    """The keys and values of tokens, to be read once."""
+    cache = DynamicCache()
+    model(input_ids=torch.tensor([ids], device=device), use_cache=True, **{CACHE: cache})
+    return cache
+
+
+def read_behind(model, cache, batch):
+    """Logits of a batch, each row of which begins with the tokens in the cache (None: with nothing)."""
+    attention, positions = batch.attention, batch.positions
+    if cache is not None:
+        n, cache = cache.get_seq_length(), copy.deepcopy(cache)  # a forward pass appends to it
+        cache.batch_repeat_interleave(len(batch.ids))
+        attention = torch.cat([attention.new_ones(len(attention), n), attention], dim=1)
+        positions = positions + n
+    return model(input_ids=batch.ids, attention_mask=attention, position_ids=positions,
+                 use_cache=cache is not None, **{CACHE: cache}).logits
 
 
 def pack(rows, pad_id, device, dtype=torch.float32):
@@ -234,7 +262,52 @@ def pack(rows, pad_id, device, dtype=torch.float32):
             (sequence[:, None], columns), t[1:] <= lengths[:, None])
 
 
-def model_config(model):
-    """The text config behind a model, an engine, or a role of OneBase (a functools.partial)."""
-    model = getattr(model, "func", model)
-    return getattr(model, "module", model).config.get_text_config()
+def behind_cache(model, prefix, rests, device):
+    """Logits at the tokens of each of `rests` behind a prefix, from its keys and values: a list of [n, ...]."""
+    batch = collate(rests, [[]] * len(rests), prefix[0], device)
+    logits = read_behind(model, read_prefix(model, prefix, device), batch)
+    return [row[seen] for row, seen in zip(logits, batch.attention.bool())]
+
+
+def in_one_sequence(model, prefix, rests, device):
+    """The same numbers by pack."""
+    rows = [(prefix + rest[:1], rest[1:], 0) for rest in rests]
+    inputs, places, _ = pack(rows, prefix[0], device, next(model.parameters()).dtype)
+    logits = model(**inputs, use_cache=False).logits[places]
+    return [row[:len(rest)] for row, rest in zip(logits, rests)]
+
+
+SHARES = weakref.WeakKeyDictionary()  # model: {way of sharing: (length of the rows tried, were they right)}
+
+
+@torch.no_grad()
+def can_share_prefix(model, length, device, shared=behind_cache):
+    """Whether a model reads rows of up to `length` tokens behind a shared prefix as it reads them whole.
+
+    Between the prefix and a short row lies padding, or another row, which some models count (ALiBi, windows);
+    others cannot go on from a cache, or do not know it. So it is tried, with rows of very unequal length,
+    once for each doubling of `length`. All ranks try the same, and answer alike.
+    """
+    plain = getattr(model, "func", model)  # a role of OneBase is a functools.partial
+    plain = getattr(plain, "module", plain)
+    config, why = plain.config.get_text_config(), "other values come out"
+    length = min(1 << (max(length, 32) - 1).bit_length(),
+                 getattr(config, "max_position_embeddings", None) or 10**9)
+    tried, can = SHARES.setdefault(plain, {}).get(shared, (0, True))
+    if length <= tried or not can:
+        return can
+    ids = np.random.default_rng(0).integers(config.vocab_size, size=length).tolist()
+    prefix, rests = ids[:length // 2], [ids[length // 2:], ids[-(length // 16):]]
+    try:
+        whole = [read_behind(model, None, collate([prefix + rest], [[]], ids[0], device))[0, len(prefix):]
+                 for rest in rests]
+        limit = whole[0].float().std() * (1e-3 if next(plain.parameters()).dtype == torch.float32 else 0.1)
+        can = all((row.float() - wanted.float()).square().mean().sqrt() <= limit
+                  for row, wanted in zip(shared(model, prefix, rests, device), whole))
+    except Exception as e:  # whatever a model does that was not made for it
+        can, why = False, one_line(e)
+    agreed, ranks = all_sum(can, 1, device=device)
+    SHARES[plain][shared] = length, agreed == ranks
+    if agreed < ranks:
+        print0(f"tau is read anew with each prompt: {config.model_type} cannot share it ({why})")
+    return agreed == ranks

@@ -1,7 +1,6 @@
 """The log of a run: metrics.jsonl, TensorBoard, and a bar or a few lines for the person who watches."""
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -9,7 +8,8 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.errors import BadInput, writing
+from plumbing.errors import KEPT, BadInput, writing
+from plumbing.files import write_whole
 
 LINE_EVERY = 15.0  # seconds between two lines in a log file
 
@@ -107,15 +107,13 @@ def keep_steps(path, start):
         try:
             if json.loads(line)["step"] >= start:
                 break
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if start > 0:
                 raise BadInput(f"{path}:{number}: not a row of this run; take the line out, or choose "
                                f"another --output_dir.") from None
             break  # the whole file is replaced
         kept.append(line + b"\n")
-    short = path.with_name(f".{path.name}")
-    short.write_bytes(b"".join(kept))
-    os.replace(short, path)
+    write_whole(path, b"".join(kept), KEPT)
 
 
 def due(step, steps, every):

@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForTokenClassification
 
-from common import (chat_ids, cut_pair, disable_dropout, freeze, load_gvm, load_reward_model, load_tokenizer,
-                    load_value_base, reward_scores, row_seed, value_head)
-from plumbing.args import load_plug
+from common import (chat_ids, cut_pair, disable_dropout, freeze, load_gvm, load_reward_model,
+                    load_reward_tokenizer, load_value_base, reward_scores, row_seed, value_head)
+from plumbing.args import load_numbers, load_plug, numbers_of
 from plumbing.checks import check_finite, pretrained, tokenizer_fingerprint
 from plumbing.deepspeed_config import dtype_of
 from plumbing.errors import BadInput, writing
 from plumbing.folders import base_of
 from plumbing.ranks import all_sum, gather_rows, print0
+from plumbing.texts import legible, readable, text_ids
 
 
 # ---- tau ---------------------------------------------------------------------------------------------------
@@ -23,7 +24,8 @@ from plumbing.ranks import all_sum, gather_rows, print0
 def fit_tau(pairs, rows, settings, run):
     """tau as (question, answer) texts, cut to their token limits; without the first pairs where the longest
     row of all ranks would not fit into the GVM's context behind them. pairs: rows with an answer"""
-    pairs = [cut_pair(run.tokenizer, row["prompt"], row["response"], settings) for row in pairs]
+    pairs = [cut for row in pairs
+             if (cut := readable(cut_pair, run.tokenizer, row["prompt"], row["response"], settings))]
     for first in range(len(pairs)):
         longest = max(len(chat_ids(run.tokenizer, row["prompt"], pairs[first:])) + len(row["response_ids"])
                       for row in rows)
@@ -36,7 +38,7 @@ def fit_tau(pairs, rows, settings, run):
 
 def load_truth(args):
     """--truth_fn as a function (rows, policy, run) -> mean over all ranks; None without."""
-    plug = load_plug(args.truth_fn, "--truth_fn") if args.truth_fn else None
+    plug = load_numbers(args.truth_fn, "--truth_fn") if args.truth_fn else None
 
     def truth(rows, policy, run):
         total, count = all_sum(sum(plug(rows, policy, run.tokenizer)), len(rows), device=run.device)
@@ -49,10 +51,11 @@ def load_value_fn(policy, run):
     plug = load_plug(run.args.value_fn, "--value_fn")
 
     def values(rows, tau):
-        found = list(plug(rows, policy, run.tokenizer))
+        found = plug(rows, policy, run.tokenizer)
+        found = [numbers_of(values) for values in (found if hasattr(found, "__iter__") else ())]
         if [len(values) for values in found] != [1 + len(row["response_ids"]) for row in rows]:
-            raise BadInput(f"--value_fn {run.args.value_fn}: it must return, for each row, one value more "
-                           f"than the response has tokens.")
+            raise BadInput(f"--value_fn {run.args.value_fn}: it must return, for each row, one finite value "
+                           f"more than the response has tokens.")
         longest = max(map(len, found))
         return torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in found], device=run.device)
     return values
@@ -65,40 +68,33 @@ def load_reward(rm, config, run, model=None):
     model: in place of the one in the folder rm, and standardized already
     """
     if run.args.reward_fn:
-        plug = load_plug(run.args.reward_fn, "--reward_fn")
-        score = lambda rows, policy: [float(x) for x in plug(rows, policy, run.tokenizer)]
+        plug = load_numbers(run.args.reward_fn, "--reward_fn")
+        score = lambda rows, policy: plug(rows, policy, run.tokenizer)
     else:
         if model is None:
             model, *of_its_own = load_reward_model(rm, dtype_of(config))  # tokenizer, center, scale
             model = freeze(model, config, run.device)
         else:
-            of_its_own = load_tokenizer(rm, "--reward_model"), 0.0, 1.0
+            of_its_own = load_reward_tokenizer(rm), 0.0, 1.0
         score = lambda rows, policy: model_scores((model, *of_its_own), rows, run)
 
-    def reward(rows, policy):
-        found = score(rows, policy)
-        if len(found) != len(rows):
-            raise BadInput(f"--reward_fn returned {len(found)} rewards for {len(rows)} rows: it must return "
-                           f"one for each.")
-        return torch.tensor(found, device=run.device)
-    return reward
+    return lambda rows, policy: torch.tensor(score(rows, policy), device=run.device)
 
 
 def model_scores(reward_model, rows, run):
     """Standardized score of each row's answer, a list of floats.
 
-    reward_model: what load_reward_model returns. One with the policy's vocabulary and EOS reads the sampled
-    ids. Another one reads the text in its own tokens, with an EOS where the answer ended.
+    reward_model: what load_reward_model returns. One with the policy's vocabulary reads the sampled ids, with
+    its own EOS where the answer ended. Another one reads the text in its own tokens.
     """
     model, tokenizer, center, scale = reward_model
-    if (tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(run.tokenizer)
-            and tokenizer.eos_token_id == run.tokenizer.eos_token_id):
-        answers = [row["response_ids"] for row in rows]
-    else:
-        answers = [tokenizer(row["response"], add_special_tokens=False).input_ids
-                   + [tokenizer.eos_token_id] * (not row["truncated"]) for row in rows]
-    scores = reward_scores(model, tokenizer, [(row["prompt"], ids) for row, ids in zip(rows, answers)],
-                           run.device, run.args.micro_batch)
+    same, chats = tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(run.tokenizer), []
+    for row in rows:
+        end, text = 0 if row["truncated"] else 1, legible(tokenizer, row["response"])
+        sampled = row["response_ids"][:len(row["response_ids"]) - end]
+        ids = sampled if same else text_ids(tokenizer, text)
+        chats.append((row["prompt"], ids + [tokenizer.eos_token_id] * end, text))
+    scores = reward_scores(model, tokenizer, chats, run.device, run.args.micro_batch)
     return [(x - center) / scale for x in scores]
 
 
@@ -138,15 +134,27 @@ def check_scores_finite(step, rows, *scores):
                   for row, x in zip(rows, total) if not x.isfinite()])
 
 
-def self_check(row, batch, kl, first_ratio, tokenizer):
-    """Printed once, at step 0: what must hold before the first update, on the first row of rank 0."""
-    ids = row["prompt_ids"]
+def self_check(row, batch, kl, first_ratio, tokenizer, dtype):
+    """Printed once, at step 0: what must hold before the first update, on the first row of rank 0. Ends the
+    run where it does not hold: within rounding, which in bf16 depends on the rows beside a row."""
+    ids, fp32 = row["prompt_ids"], dtype == torch.float32
     bos = (ids.count(tokenizer.bos_token_id)
            if tokenizer.bos_token_id not in (None, tokenizer.eos_token_id) else "no")
     trained = tokenizer.decode(batch.ids[0, batch.P:][batch.mask[0]])
     print0(f"self-check: max |ratio - 1| {first_ratio:.1e} (0) | KL {kl:.1e} (0) | {bos} BOS (1, or no where "
            f"the tokenizer has none)\n"
            f"self-check: prompt  {tokenizer.decode(ids)!r}\nself-check: trained {trained!r}")
+    length = batch.mask.sum().item() / len(batch.mask)
+    holds = {"the policy that is trained does not say what the one that sampled said":
+                 first_ratio <= (0.01 if fp32 else 1.0),
+             "the policy does not start as its reference": abs(kl) <= (1e-4 if fp32 else 1e-2) * length,
+             "the prompt begins with two BOS tokens, its chat template writes one too many":
+                 bos == "no" or ids[:2] != 2 * [tokenizer.bos_token_id]}
+    wrong = gather_rows([what for what, right in holds.items() if not right])
+    if wrong:
+        raise BadInput(f"self-check: {wrong[0]} (max |ratio - 1| {first_ratio:.1e}, KL {kl:.1e}, {bos} BOS): "
+                       f"the run would go by false numbers, choose another model or template; nothing is "
+                       f"saved.")
 
 
 def warn(metrics):

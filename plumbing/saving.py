@@ -10,16 +10,19 @@ from transformers import AutoModelForCausalLM
 
 from plumbing.checks import pretrained
 from plumbing.errors import writing
+from plumbing.files import sync
 from plumbing.ranks import print0
 
 
 def replace_files(saving, out):
     """Move a finished folder's files over the old ones; a crash while writing leaves the old ones alone. What
-    else an earlier model left there goes: an old shard or adapter would be read as part of the new one."""
+    else an earlier model left there goes: an old shard or adapter would be read as part of the new one. All
+    is on the disk afterwards."""
     new = sorted(Path(saving).iterdir())
+    sync(*Path(saving).rglob("*"))
     for path in new:
         old = Path(out) / path.name
-        if old.is_dir():
+        if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
         os.replace(path, old)
     Path(saving).rmdir()
@@ -27,6 +30,7 @@ def replace_files(saving, out):
         for old in Path(out).glob(pattern):
             if old.name not in {path.name for path in new}:
                 old.unlink()
+    sync(out)
 
 
 def save_model(engine, tokenizer, out, base=None, extra=None):
@@ -56,7 +60,11 @@ def save_model(engine, tokenizer, out, base=None, extra=None):
                 for adapter in module.peft_config.values():  # a relative path would fail from another folder
                     if Path(adapter.base_model_name_or_path or "").exists():
                         adapter.base_model_name_or_path = str(Path(adapter.base_model_name_or_path).resolve())
+            for config, name, value in (dropout := getattr(module, "dropout_of_config", [])):
+                setattr(config, name, value)  # off in the run, see common.disable_dropout
             module.save_pretrained(saving, state_dict=state)
+            for config, name, _ in dropout:
+                setattr(config, name, 0.0)
             tokenizer.save_pretrained(saving)
             for name, content in (extra or {}).items():
                 (saving / name).write_text(json.dumps(content, indent=1))

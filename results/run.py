@@ -19,6 +19,7 @@ results/ablations/, applied to a copy. Delete --out after a change of the code: 
 """
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -31,6 +32,10 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from plumbing.files import write_whole
+
 TAIL, KL_TAIL = 5, 20  # final reward: mean of the last 5 steps; KL and length: of the last 20
 
 
@@ -242,7 +247,7 @@ def save_table(name, settings, columns, decimals=3):
     print(f"\n| {name} | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for label, numbers in settings.items():
         print(f"| {label} | " + " | ".join(text(numbers.get(c)) for c in columns) + " |")
-    (ROOT / "results" / f"{name}.json").write_text(json.dumps(settings, indent=1) + "\n")
+    write_whole(ROOT / "results" / f"{name}.json", json.dumps(settings, indent=1) + "\n")
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------
@@ -307,13 +312,14 @@ def compare(grid, seeds):
           f"{time.time() - started:.0f} s in all")
     curves = {name: runs[name] for name in online if name != "ReMax"}  # of 80 steps each
     figure(curves, ROOT / "results/compare.png")
-    with open(ROOT / "results/compare.jsonl", "w") as f:
-        for name in online:
-            for seed, run in zip(seeds, runs[name]):
-                for row in rows_of(run):
-                    kept = {k: row[k] for k in ("step", "objective/true_reward", "objective/kl",
-                                                "completions/mean_length", "timing/step_total")}
-                    f.write(json.dumps({"method": name, "seed": seed, **kept, "value": value(row)}) + "\n")
+    lines = []
+    for name in online:
+        for seed, run in zip(seeds, runs[name]):
+            for row in rows_of(run):
+                kept = {k: row[k] for k in ("step", "objective/true_reward", "objective/kl",
+                                            "completions/mean_length", "timing/step_total")}
+                lines.append(json.dumps({"method": name, "seed": seed, **kept, "value": value(row)}) + "\n")
+    write_whole(ROOT / "results/compare.jsonl", "".join(lines))
 
 
 def value(row):
@@ -338,7 +344,8 @@ def figure(runs, path):
                               linewidth=0)
         axis.set(title=title, xlabel="step")
         axis.legend()
-    picture.savefig(path, dpi=100)
+    picture.savefig(drawn := io.BytesIO(), dpi=100)
+    write_whole(path, drawn.getvalue())
 
 
 def chosen_on_seed_11(grid, name, runs):

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import random
+import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +21,7 @@ os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", HF_HUB_OFFLINE=
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -94,6 +97,20 @@ def write_jsonl(path, rows):
     return str(path)
 
 
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(path, change):
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def copy_of(folder, place):
+    return Path(shutil.copytree(folder, place, ignore=lambda _, names: {".lock", "checkpoints"} & set(names)))
+
+
 def run_stage(stage, **flags):
     """Run a stage script's main in this process with flags as typed on the command line."""
     stage.main(parse_args(stage.Args, [str(word) for name, value in flags.items()
@@ -137,6 +154,16 @@ def fingerprint(model):
 
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def room():
+    """room(bytes): no file of this process may become larger, as on a disk that is full; room() lifts it. The
+    operating system then refuses what torch, safetensors and Python write. (With capsys: what is printed must
+    not go to a file.)"""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="session")

@@ -330,7 +330,8 @@ def test_eos_is_the_special_token_behind_an_assistant_turn(behind, eos, tmp_path
     """A chat model may end turns with a token that is not its tokenizer's EOS (Gemma); a
     plain word is never taken."""
     words = [*WORDS, "<turn_end>"]
-    template = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] }}" + behind + "{% endfor %}"
+    template = ("{% for m in messages %}{{ m['role'] + ' : ' + m['content'] }}" + behind + "{% endfor %}"
+                "{% if add_generation_prompt %}assistant :{% endif %}")
     word_tokenizer(words, template, additional_special_tokens=["<turn_end>"]).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.eos_token == eos and answer_ids(tokenizer, "yes")[-1] == words.index(eos)

@@ -6,11 +6,11 @@ import math
 import random
 import subprocess
 import sys
-import types
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from plumbing.data import (all_pairs, has_policy_names, mistaken_ten, preference_pair, prompt_text, read_data,
                            report_drops, score_of, split_of)
@@ -168,7 +168,7 @@ def test_half_a_surrogate_pair_becomes_encodable(tmp_path):
 # ---- the hub, without a network ----
 
 def fake_hub(monkeypatch, load_dataset):
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
 
 
 def test_hub_id_with_and_without_split(tmp_path, monkeypatch):
@@ -177,8 +177,9 @@ def test_hub_id_with_and_without_split(tmp_path, monkeypatch):
 
     def load_dataset(name, split):
         asked.append((name, split))
-        return [SHAPE_CASES["pairs"][0]]
+        return rows
 
+    rows = Dataset.from_list([SHAPE_CASES["pairs"][0]])
     fake_hub(monkeypatch, load_dataset)
     assert read_data("owner/name", log=quiet)[0]["where"] == "owner/name:train[0]"
     assert read_data("owner/name:test[:5]", log=quiet)[0]["where"] == "owner/name:test[:5][0]"

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import evaluate
+import report
 import sft
 import train_dpo
 import train_dvpo
@@ -25,6 +26,7 @@ import train_ppo
 import train_remax
 import train_rm
 from common import load_tokenizer
+from plumbing import limits, page as pages, rl
 from plumbing.args import parse_args
 from plumbing.checkpoint import Checkpoints, checksum_of, size_and_checksum
 from plumbing.checks import check_model, gvm_settings, reward_scale
@@ -32,8 +34,8 @@ from plumbing.data import split_of
 from plumbing.deepspeed_config import ds_config
 from plumbing.errors import BadInput
 from plumbing.folders import base_of
-from conftest import (FP32, ROOT, WORDS, clean_env, feedback_rows, run_stage, tiny_llama, word_tokenizer,
-                      write_jsonl)
+from conftest import (FP32, ROOT, TEMPLATE, WORDS, clean_env, feedback_rows, run_of, run_stage, tiny_llama,
+                      word_tokenizer, write_jsonl)
 from test_data import damaged
 
 ROWS = feedback_rows()
@@ -304,7 +306,49 @@ DATA = [
     (train_dvpo, {"max_prompt_length": 3}, "--max_prompt_length 3"),
 ]
 
+def zero_3(**more):
+    return json.dumps({"zero_optimization": {"stage": 3, **more}})
+
+
+def nvme(place):
+    return {"device": "nvme", "nvme_path": place}
+
+
+LONG, ODD = "a" * 5000, "out\udcff"  # as Python reads a byte that is no UTF-8
+
 FLAGS = [
+    *((stage, {"model": LONG}, "^--model 'aaa.* 5000 letters")
+      for stage in (sft, train_gvm, train_rm, train_dvpo, train_ppo, train_remax, train_dpo)),
+    (sft, {"model": f"nobody/{LONG}"}, "^--model 'nobody/aaa"),
+    (sft, {"model": "./" + 2000 * "a/"}, "^--model './a/a"),
+    (sft, {"data": LONG + ".jsonl"}, "^--data 'aaa"),
+    (sft, {"base_model": "\u9ec4" * 100}, "^--base_model"),  # 300 bytes
+    (train_dvpo, {"sft_model": LONG}, "^--sft_model 'aaa"),
+    *((stage, {"output_dir": ODD}, r"^--output_dir 'out\\udcff': not UTF-8")
+      for stage in (sft, train_gvm, train_rm, train_dvpo, train_ppo, train_remax, train_dpo)),
+    (sft, {"model": ODD}, "^--model .*not UTF-8"),
+    (sft, {"ds_config": ODD}, "^--ds_config .*not UTF-8"),
+    *((stage, {"lora_r": 1000000000}, "--lora_r 1e.09")
+      for stage in (sft, train_gvm, train_rm, train_dvpo, train_ppo, train_remax, train_dpo)),
+    (train_gvm, {"k": 1000000}, "--k 1e.06"),
+    (train_gvm, {"batch_size": 10**9}, "--batch_size 1e.09"),
+    (train_dvpo, {"rollout_batch": 10**9}, "--rollout_batch 1e.09"),
+    (train_ppo, {"ppo_epochs": 10**9}, "--ppo_epochs 1e.09"),
+    *((sft, lambda w, given=given: {"ds_config": file(w, zero_3(**given), "ds.json")},
+       f"--ds_config .*ds.json: .*{part}")
+      for given, part in (*(({name: True}, name) for name in (
+          "zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")),
+                          ({"zero_hpz_partition_size": 2}, "zero_hpz_partition_size"),
+                          ({"offload_param": nvme("nowhere")}, "offload_param: nvme_path 'nowhere'"),
+                          ({"offload_param": nvme(None)}, "offload_param: nvme_path ''"),
+                          ({"offload_param": nvme("ds.json")}, "nvme_path 'ds.json'"),
+                          ({"offload_optimizer": nvme("/proc/nowhere")}, "nvme_path '/proc/nowhere'"))),
+    *((sft, lambda w, text=text: {"model": copy(w, w.model, template=text)}, "template: .* takes more than")
+      for text in (b"{{ 'a' * 10 ** 10 }}", b"{{ 'a' * 10 ** 7 }}", b"{{ ('a' * 10 ** 9)|length }}",
+                   b"{% set n = namespace(x='a') %}"
+                   b"{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}")),
+    *((stage, lambda w: {"output_dir": copy(w, w.model)}, "--output_dir .*: a model lies here that is of no")
+      for stage in (train_gvm, train_remax)),
     (sft, {"learning_rate": 1}, "--learning_rate"),
     (sft, {"micro": 1}, "--micro"),  # the beginning of a flag's name is not the flag
     (sft, {"lr": "high"}, "--lr"),
@@ -412,6 +456,10 @@ EVALUATE = [
     (evaluate, ["judge"], "usage"),
     (evaluate, ["gvm", "--png", "x.png"], "--png is a flag of `evaluate.py plot`"),
     (evaluate, ["gvm", "--json", "/proc/nothing/x.json"], "--json"),
+    (evaluate, ["gvm", "--json", ODD], r"--json 'out\\udcff': not UTF-8"),
+    (evaluate, ["policy", "--policies", f"a={ODD}"], "--policies .*not UTF-8"),
+    (evaluate, ["values", "--model", LONG], "--model 'aaa"),
+    (evaluate, ["values", "--question", ODD, "--responses", "a"], "--question .*not UTF-8"),
     (evaluate, ["values", "--question", "a"], "--question and --responses"),
     (evaluate, ["plot", "--runs", "dvpo"], "--runs dvpo: expected name=path"),
     (evaluate, ["plot", "--runs", "dvpo=nothing"], "nothing/metrics.jsonl"),
@@ -446,6 +494,104 @@ def test_bad_input_ends_in_one_sentence(case, world, loaded, capsys):
     assert late or not loaded, loaded
     out = world.folder / "out"
     assert not out.exists() or {path.name for path in out.iterdir()} <= {".lock", "args.json"}
+
+
+def test_a_template_that_never_ends(world, monkeypatch, capsys):
+    monkeypatch.setattr(limits, "SECONDS", 1)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    folder = copy(world, world.model, template=f"{loop}{TEMPLATE}".encode())
+    assert "takes more than 1 seconds" in ends_with(sft, {**world.flags[sft], "model": folder}, capsys)
+
+
+def test_names_and_texts_of_any_language_go_through():
+    """A question may be long."""
+    args = parse_args(evaluate.Args, ["--question", "\u9ec4" * 3000, "--responses", "a/" * 3000,
+                                      "--json", "\u9ec4" * 80, "--policies", "\u9ec4=\u9ec4/\U0001f600"])
+    assert len(args.question) == 3000 and args.json == "\u9ec4" * 80
+
+
+OWN = {"short": "[1.0]", "text": "['good'] * len(rows)", "digits": "['1'] * len(rows)", "none": "None",
+       "one_text": "'1' * len(rows)", "nan": "[float('nan')] * len(rows)", "number": "1.0",
+       "lists": "[[1.0, 2.0]] * len(rows)", "more": "[1.0] * (len(rows) + 1)",
+       "huge": "[10 ** 400] * len(rows)"}
+OWN_VALUES = {"nan": "[float('nan')] * (1 + len(row['response_ids']))", "one": "[1.0]", "none": "None",
+              "text": "'1' * (1 + len(row['response_ids']))"}
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module `own` with a function for each of them."""
+    returned = {**OWN, **{f"long_{name}": f"[{what} for row in rows]" for name, what in OWN_VALUES.items()}}
+    (tmp_path / "own.py").write_text("".join(f"def {name}(rows, policy, tokenizer): return {what}\n"
+                                             for name, what in returned.items()))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+
+
+ANSWERS = [{"response_ids": [1, 2], "prompt_ids": [3], "response": "a"}] * 2
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_function_of_ones_own_returns_a_number_for_each_row(name, own):
+    args = SimpleNamespace(truth_fn=f"own:{name}", reward_fn=f"own:{name}")
+    run = run_of(**vars(args))
+    for flag, function in (("truth", lambda: rl.load_truth(args)(ANSWERS, None, run)),
+                           ("reward", lambda: rl.load_reward(None, {}, run)(ANSWERS, None))):
+        with pytest.raises(BadInput, match=f"^--{flag}_fn own:{name}: returned . rewards for 2 rows"):
+            function()
+
+
+@pytest.mark.parametrize("name", [*(f"long_{name}" for name in OWN_VALUES), "none", "one_text", "number"])
+def test_a_value_function_of_ones_own_returns_numbers_for_each_row(name, own):
+    run = run_of(value_fn=f"own:{name}")
+    with pytest.raises(BadInput, match=f"^--value_fn own:{name}: .*one finite value more"):
+        rl.load_value_fn(None, run)(ANSWERS, [])
+
+
+def test_numbers_of_any_kind_are_taken(tmp_path, monkeypatch):
+    (tmp_path / "kinds.py").write_text("import numpy, torch\ndef all(rows, *more): return iter([True, 2, "
+                                       "numpy.float32(0.5), torch.tensor(1.5), torch.ones(1)])\n")
+    monkeypatch.chdir(tmp_path)
+    args = SimpleNamespace(truth_fn="kinds:all")
+    assert rl.load_truth(args)(ANSWERS[:1] * 5, None, run_of(**vars(args))) == 6 / 5
+
+
+def test_a_truth_that_is_too_short_ends_a_run_and_an_evaluation(own, flags, chain, capsys):
+    """Both gave a mean of the wrong rows, and an error far from the cause."""
+    for stage, words in ((train_dvpo, {**flags.dvpo, "sft_model": chain.sft, "value_model": chain.gvm,
+                                       "truth_fn": "own:short", "output_dir": "out"}),
+                         (evaluate, ["policy", "--model", "none", "--data", flags.sft["data"],
+                                     "--dtype", "float32", "--response_length", 8, "--truth_fn", "own:short",
+                                     "--policies", f"a={chain.sft}"])):
+        assert "--truth_fn own:short: returned 1 rewards" in ends_with(stage, words, capsys)
+
+
+OUTPUTS = [  # what writes a file, its words, and how a file begins that is its own
+    (evaluate, ["gvm", "--json"], '{\n "command": "gvm",\n "args": {'),
+    (evaluate, ["values", "--html"], pages.PAGE),
+    (evaluate, ["policy", "--out"], '{"policy": "a\\"b", "prompt": []}'),
+    (evaluate, ["plot", "--png"], b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + 21 * b"\0"
+     + b"tEXtSoftware\0evaluate.py plot"),
+    (report, ["--runs", "a=none", "--out"], '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+     '<meta http-equiv="Content-Security-Policy"')]
+
+
+@pytest.mark.parametrize("theirs", ['{"model_type": "llama"}', "<!doctype html>\n<html>", b"\x89PNG\r\n",
+                                    '{"policy": "reject"}', "\n"])
+@pytest.mark.parametrize("script, words, ours", OUTPUTS, ids=[words[-1] for _, words, _ in OUTPUTS])
+def test_a_file_of_others_is_not_written_over(script, words, ours, theirs, tmp_path, monkeypatch):
+    """One's own earlier output is, and an empty file: the runs then end at what they read."""
+    monkeypatch.chdir(tmp_path)
+    words, place = [*words, "place"], Path("place")
+    for content, part in ((theirs, f"{words[-2]} place: a file that this command did not write"),
+                          (ours, "none"), ("", "none"), (None, "none")):
+        place.unlink(missing_ok=True)
+        if content is not None:
+            place.write_bytes(content if isinstance(content, bytes) else content.encode())
+        before = place.exists() and place.read_bytes()
+        with pytest.raises(BadInput, match=part):
+            script.main([*words, *(["--model", "none"] if script is evaluate else [])])
+        assert before == (place.exists() and place.read_bytes())
 
 
 def test_there_are_many_of_them():

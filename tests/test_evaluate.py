@@ -14,6 +14,7 @@ import evaluate
 from common import DEFAULT_CHAT_TEMPLATE, load_value_base
 from plumbing.checks import tokenizer_fingerprint
 from plumbing.data import split_of
+from plumbing import page as pages
 from plumbing.errors import BadInput
 from plumbing.table import print_table
 from toy import bayes, reference, world
@@ -252,7 +253,7 @@ NASTY = {"question": "a < b & \"c\" {x}", "k": 0, "tau_policy": None, "responses
 
 
 def test_page_escapes_every_text_and_shows_every_number():
-    page = evaluate.page(NASTY, -1.0, 1.0)
+    page = pages.page(NASTY, -1.0, 1.0)
     assert "<script>" not in page and "&lt;script&gt;" in page and "alert(&#x27;1&#x27;)" in page
     assert "a &lt; b &amp; &quot;c&quot; {x}" in page and "<h2>&lt;b&gt;:" in page
     assert all(f"<small>{value:+.2f}</small>" in page for value in NASTY["responses"][0]["values"])
@@ -260,13 +261,13 @@ def test_page_escapes_every_text_and_shows_every_number():
 
 
 def test_terminal_text_brings_no_escape_codes_of_the_answer():
-    plain = evaluate.terminal_text(NASTY["responses"][0], -1.0, 1.0, coloured=False)
+    plain = pages.terminal_text(NASTY["responses"][0], -1.0, 1.0, coloured=False)
     assert "<script>[-1.00]" in plain and "\x1b" not in plain
-    assert "\x1b[31m" not in evaluate.terminal_text(NASTY["responses"][0], -1.0, 1.0, coloured=True)
+    assert "\x1b[31m" not in pages.terminal_text(NASTY["responses"][0], -1.0, 1.0, coloured=True)
 
 
 def test_colours_run_from_red_to_green():
-    (low, mid, high), same = [evaluate.colour(v, -1, 1) for v in (-1, 0, 1)], evaluate.colour(2, 2, 2)
+    (low, mid, high), same = [pages.colour(v, -1, 1) for v in (-1, 0, 1)], pages.colour(2, 2, 2)
     assert low[0] > low[1] and high[1] > high[0] and same == mid
     assert all(sum(colour) > 450 for colour in (low, mid, high))  # light enough for black letters
 
@@ -277,7 +278,7 @@ def test_a_character_of_several_tokens_appears_once():
     backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     ids = tokenizer("aé b").input_ids
-    assert len(ids) == 5 and evaluate.token_texts(tokenizer, ids) == ["a", "", "é", " ", "b"]
+    assert len(ids) == 5 and pages.token_texts(tokenizer, ids) == ["a", "", "é", " ", "b"]
 
 
 # ---- the commands ------------------------------------------------------------------------------------------
@@ -316,7 +317,9 @@ def test_values_command(world_dir):
     assert np.isclose(first, second, atol=1e-6)  # nothing said yet, one tau
     assert "bad (score 2)" in (world_dir / "v.html").read_text()
     typed = run("values", world_dir, *on(world_dir), "--question", "what is n1 ?",
-                "--responses", "yes n1", "no", "it is n1", "--tau_policy", "bad")
+                "--responses", "yes n1", "no", "it is n1", "--tau_policy", "bad",
+                "--html", world_dir / "v.html")
+    assert "what is n1 ?" in (world_dir / "v.html").read_text()  # an earlier page is written over
     assert [a["text"] for a in typed["responses"]] == ["yes n1", "no", "it is n1"]
     assert all(answer.startswith("no") for _, answer in typed["tau"])
 
@@ -338,8 +341,27 @@ def test_policy_command(world_dir):
     assert np.isclose(np.mean([x["kl"] for x in answers if x["policy"] == "other"]), other["kl"]["mean"])
     assert all(split_of(x["prompt"][0]["content"], 0) == "test" for x in answers)
     greedy = run("policy", world_dir, *on(world_dir), "--response_length", 3, "--temperature", 0,
-                 "--policies", policies[0])
+                 "--policies", policies[0], "--out", world_dir / "answers.jsonl")
+    assert len((world_dir / "answers.jsonl").read_text().splitlines()) < 30  # and earlier answers
     assert greedy["policies"]["a"]["kl"] is None
+
+
+@pytest.mark.parametrize("command, flag", [("policy", "--out"), ("policy", "--json"), ("values", "--html"),
+                                           ("gvm", "--json")])
+def test_a_full_disk_takes_nothing_of_what_was_found(command, flag, world_dir, room, tmp_path, capsys):
+    """The table, or the coloured text, is printed; of the file there is nothing, and no other is harmed."""
+    words = {"policy": ["--policies", f"a={world_dir / 'sft'}", "--response_length", 3, "--prompts", 4],
+             "values": [], "gvm": ["--pairs", 4]}[command]
+    words = [command, "--model", "none", *on(world_dir), *words, flag, tmp_path / "out"]
+    room(100)
+    try:
+        with pytest.raises(BadInput, match="out: could not be written .*make room there"):
+            evaluate.main([str(word) for word in words])
+    finally:
+        room()
+    assert not list(tmp_path.iterdir())
+    found = {"policy": "4 held-out prompts", "values": "value after each", "gvm": "Calibration"}[command]
+    assert found in capsys.readouterr().out
 
 
 def metrics_file(path, values, name="gvm/mean"):
@@ -347,6 +369,14 @@ def metrics_file(path, values, name="gvm/mean"):
     path.write_text("".join(json.dumps({"step": i, name: v, "sometimes": v if i % 2 else None}) + "\n"
                             for i, v in enumerate(values)))
     return path
+
+
+def test_somebody_elses_curves_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "curves.png").write_bytes(b"\x89PNG mine")
+    with pytest.raises(BadInput, match="--png curves.png: a file that this command did not write"):
+        run("plot", tmp_path, "--runs", f"x={metrics_file(tmp_path / 'm.jsonl', [0, 1])}")
+    assert (tmp_path / "curves.png").read_bytes() == b"\x89PNG mine"
 
 
 def test_plot_command(tmp_path):
@@ -358,7 +388,10 @@ def test_plot_command(tmp_path):
     x = found["curves"]["gvm/mean"]["x"]
     assert x == {"seeds": 2, "steps": 3, "first": 1.0, "last": 3.0, "highest": 3.0}
     assert found["curves"]["sometimes"]["y"]["steps"] == 1
-    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    picture = (tmp_path / "p.png").read_bytes()
+    assert picture[:4] == b"\x89PNG"
+    run("plot", tmp_path, "--runs", f"x={one.parent}", "--png", tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes() != picture  # an earlier picture is written over
     runs = {"a": {"m": {0: 0.0, 1: 1.0}}, "b": {"m": {1: 3.0, 2: 5.0}}}
     steps, mean, std = evaluate.mean_and_band("m", "x", runs)
     assert steps == [1] and mean.tolist() == [2.0] and std.tolist() == [1.0]

@@ -138,7 +138,7 @@ def test_what_is_meant_to_learn_asks_for_gradients_and_nothing_else(stage, load,
 
 def test_the_first_step_starts_from_ratio_1_and_kl_0(chain):
     """Before the first update the policy is the one that sampled, and is the reference."""
-    _, _, kl, first_ratio, _ = chain.checked
+    _, _, kl, first_ratio, *_ = chain.checked
     assert first_ratio <= 1e-5 and abs(kl) <= 1e-6
     assert chain.scored.values.isfinite().all() and chain.scored.values.std() > 0
     rows = metrics(chain.dvpo)

@@ -220,6 +220,18 @@ def test_a_gvm_learns_the_same_on_two_ranks(flags, chain, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_reward_model_gives_the_same_rewards_on_two_ranks(flags, chain, baseline, tmp_path):
+    """Each rank scores its share of the trajectories: center and scale are bit for bit those of one rank."""
+    given = {**flags.gvm, "sft_model": chain.sft, "batch_size": 4, "micro_batch": 2, "lora_dropout": 0.0,
+             "reward": "model", "reward_model": baseline.rm, "max_steps": 2}
+    one, two, _ = on_one_and_two_ranks(train_gvm, given, tmp_path)
+    assert_same_metrics(one, two, "loss", "grad_norm", "num_tokens", "value/mean")
+    first, second = (json.loads((tmp_path / name / "gvm.json").read_text())["reward"]
+                     for name in ("one", "two"))
+    assert first == second and first["kind"] == "model" and first["scale"] > 1e-3
+
+
+@pytest.mark.slow
 def test_gloo_may_let_go_before_python_ends():
     """A thread of gloo lets go of a collective's tensors a moment after it is over. Where Python ends first,
     a finished run aborts, about once in ten small ones. A daemon thread stands for it here: it too dies with

@@ -1,11 +1,13 @@
 """judge.py: files in the tools' formats, a judge that is scripted, and statistics against known truths."""
 
+import contextlib
 import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from huggingface_hub import constants
 import judge
 from common import load_reward_model, reward_scores
 from plumbing.data import split_of
+from plumbing.endpoint import LONGEST
 from plumbing.errors import BadInput
 from conftest import feedback_rows, write_jsonl
 
@@ -152,8 +155,8 @@ def test_a_prompt_that_fills_the_context(chain, tmp_path, capsys):
 # ---- a scripted endpoint ----
 
 class Server:
-    """An OpenAI-compatible endpoint. `script(number of the call, messages)` gives a text, a status, or
-    seconds to wait before an answer."""
+    """An OpenAI-compatible endpoint. `script(number of the call, messages)` gives a text, a status, seconds
+    to wait before an answer, or a function of the handler that answers by itself."""
 
     def __init__(self, script):
         server = self
@@ -166,6 +169,10 @@ class Server:
                     server.calls.append(body)
                     server.headers.append(self.headers["Authorization"])
                     said = script(len(server.calls), body["messages"])
+                if callable(said):
+                    with contextlib.suppress(OSError):
+                        said(self)
+                    return
                 if isinstance(said, float):
                     time.sleep(said)
                     said = "late [[A]]"
@@ -185,8 +192,9 @@ class Server:
 
             def log_message(self, *args):
                 pass
+        ThreadingHTTPServer.request_queue_size = 64  # else some of eight requests at once wait for a second
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
 
@@ -312,6 +320,248 @@ def test_a_key_is_hidden_wherever_it_stands(monkeypatch):
         assert "sk-" not in endpoint.without_key("p" * n + KEY)
 
 
+# ---- a server that is out of order, or hostile ----
+
+def reply(body, status=200, **headers):
+    """A handler's answer of these bytes."""
+    def answer(handler):
+        handler.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(body)
+    return answer
+
+
+def content(said):
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}).encode()
+
+
+def drips(handler):
+    """Headers or a reply that never ends, a byte in a tenth of a second: no single read takes long."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+    for _ in range(100):
+        handler.wfile.write(b" ")
+        time.sleep(0.1)
+
+
+def drips_headers(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+    for _ in range(100):
+        handler.wfile.write(b"x")
+        time.sleep(0.1)
+
+
+def first_then_good(said):
+    """The first request of question 0 is answered by this again and again, the others by a good judge."""
+    return lambda number, messages: said if "question 0" in messages[-1]["content"] else likes_good(
+        number, messages)
+
+
+@pytest.mark.parametrize("said", [[{"type": "text", "text": "[[A]]"}], [["A"]], [[7]], None, 7, {}, True])
+def test_a_reply_without_text_is_unread(said, files, serve):
+    """Paid for, kept, and no question for a later run; [[7]] as JSON is no grade."""
+    server = serve(first_then_good(reply(content(said))))
+    for _ in range(2):
+        result = ask(server, files, "--parallel", 1)
+        assert (result["unread"], result["failed"], result["policies"]["ours"]["n"]) == (2, 0, 5)
+        assert len(server.calls) == 12
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"[]", b"{}", b'"text"', b"[" * 100_000, b'{"choices": []}', b'{"choices": {"0": {}}}',
+    b'{"choices": 3}', b'{"choices": [3]}', b'{"choices": [{"message": []}]}', b"\xff\xfe{}",
+    b'{"choices": [{"message": {"content": "[[A]]"}}], "choices": 1}',
+    b"<html>busy</html>", b'{"choices": [{"message": {"content": "[[A]]"}}', b"9" * 5000])
+def test_a_reply_that_is_none_is_failed(body, files, serve):
+    result = ask(serve(first_then_good(reply(body))), files, "--retries", 1)
+    assert (result["unread"], result["failed"], result["policies"]["ours"]["n"]) == (0, 2, 5)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_a_reply_in_another_encoding_of_json_is_read(encoding, files, serve):
+    server = serve(lambda *args: reply(content(likes_good(*args)).decode().encode(encoding)))
+    assert ask(server, files)["policies"]["ours"]["win_rate"] == 1.0
+
+
+@pytest.mark.parametrize("after", ["\xb2", "-3", "9" * 400, "Wed, 21 Oct 2015 07:28:00 GMT", "1.5", ""])
+def test_retry_after_of_any_form(after, files, serve, monkeypatch):
+    waits = []
+    monkeypatch.setattr(judge, "time", SimpleNamespace(time=time.time, sleep=waits.append))
+    server = serve(lambda number, messages: reply(b"{}", 429, Retry_After=after) if number == 1 else
+                   likes_good(number, messages))
+    assert ask(server, files, "--parallel", 1)["policies"]["ours"]["n"] == 6
+    assert waits == [60 if after.isascii() and after.isdigit() else 1]
+
+
+@pytest.mark.parametrize("said", [drips, drips_headers])
+def test_a_request_has_so_much_time_in_all(said, files, serve):
+    begin = time.monotonic()
+    result = ask(serve(first_then_good(said)), files, "--timeout", 0.5, "--retries", 0)
+    assert result["failed"] == 2 and time.monotonic() - begin < 4
+
+
+def test_a_reply_of_any_size_is_not_read(files, serve):
+    """Three times what is read at most: it is not kept, and not asked for again."""
+    server = serve(first_then_good(reply(content("[[A]]" + "x" * (3 * LONGEST)))))
+    result = ask(server, files)
+    assert result["failed"] == 2 and len(server.calls) == 12
+    assert Path("verdicts.jsonl").stat().st_size < 10_000
+
+
+def test_a_row_of_an_earlier_version_kills_no_run(files, serve):
+    """Which kept a list as the judge's text, or half a pair of surrogates."""
+    server = serve(likes_good)
+    ask(server, files)
+    rows = [json.loads(line) for line in Path("verdicts.jsonl").read_text().splitlines()]
+    for row, text in zip(rows, ([{"type": "text"}], None, "\ud800")):
+        row["text"] = text
+    write_jsonl(Path("verdicts.jsonl"), rows)
+    assert ask(server, files)["unread"] == 1 and len(server.calls) == 12 + 2
+
+
+@pytest.mark.parametrize("url", [
+    "garbage", "http://", "ftp://host/v1", "file:///etc/passwd", "http://h:x/v1", "http://[::1", "http:/host",
+    "http://a b/v1", "http://me:pass@127.0.0.1:1/v1"])
+def test_a_garbage_address_ends_at_once(url, files, capsys):
+    with pytest.raises(BadInput, match="--judge_url: .*address") as end:
+        judge.main(["judge", "--answers", *files, "--judge_url", url, "--judge_model", "m"])
+    assert "pass" not in str(end.value).replace("password", "") and not Path("verdicts.jsonl").exists()
+
+
+@pytest.mark.parametrize("script", [lambda *args: 500, lambda *args: "I cannot say.",
+                                    lambda *args: reply(b"busy")])
+def test_a_judge_that_says_nothing_ends_in_an_error(script, files, serve):
+    with pytest.raises(BadInput, match="12 requests, .*nothing could be read") as end:
+        ask(serve(script), files, "--retries", 1)
+    assert end.value.code and json.loads(Path("result.json").read_text())["policies"]["ours"]["n"] == 0
+
+
+def test_nobody_listens(files):
+    with pytest.raises(BadInput, match="12 failed.*nothing could be read"):
+        ask(SimpleNamespace(url="http://127.0.0.1:9/v1"), files, "--retries", 1)
+
+
+def test_a_server_that_is_down_is_not_asked_everything(files, tmp_path):
+    many = [alpaca(tmp_path / f"{name}.json", name, [f"{name} {i}" for i in range(60)]) for name in "ab"]
+    with pytest.raises(BadInput, match="the first 20 requests all failed"):
+        ask(SimpleNamespace(url="http://127.0.0.1:9/v1"), many, "--retries", 0, "--parallel", 1)
+
+
+def test_a_redirection_ends_at_once_and_takes_no_key_elsewhere(files, serve):
+    other = serve(likes_good)
+    server = serve(lambda *args: reply(b"", 307, Location=f"{other.url}/{KEY}"))
+    with pytest.raises(BadInput, match="status 307 http.*check the address") as end:
+        ask(server, files, "--parallel", 1)
+    assert not other.calls and len(server.calls) <= 2 and KEY not in str(end.value)
+
+
+# ---- the key ----
+
+@pytest.mark.parametrize("name", ["JUDGE_API_KEY", "OPENAI_API_KEY"])
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n", " \t"])
+def test_a_line_end_is_no_part_of_the_key(name, end, files, serve, monkeypatch):
+    monkeypatch.delenv("JUDGE_API_KEY")
+    monkeypatch.setenv(name, KEY + end)
+    server = serve(likes_good)
+    ask(server, files)
+    assert set(server.headers) == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\r\nX: 1", f"sk-\x01{KEY}", f"{KEY}\u2028more", f"\ufeff{KEY}"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(key, files, monkeypatch, capsys):
+    monkeypatch.setenv("JUDGE_API_KEY", key)
+    with pytest.raises(BadInput, match="^JUDGE_API_KEY: ") as end:
+        ask(SimpleNamespace(url="http://127.0.0.1:9/v1"), files)
+    assert "secret" not in str(end.value) + "".join(capsys.readouterr())
+    assert not Path("verdicts.jsonl").exists()
+
+
+@pytest.mark.parametrize("spelling", [
+    lambda key: key, lambda key: quote(key, safe=""), lambda key: json.dumps(key),
+    lambda key: key[:12] + "...", lambda key: f"*{key[5:]}", lambda key: key.upper(),
+    lambda key: key.replace("/", "\\/")])
+def test_a_key_that_the_server_echoes_is_kept_nowhere(spelling, files, serve, monkeypatch, capsys, tmp_path):
+    """In a verdict, in an error that is asked again, and in one that is not."""
+    key = 'sk-se/cret"quux+zork+\\xyz'
+    monkeypatch.setenv("JUDGE_API_KEY", key)
+
+    def script(number, messages):
+        if "question 0" in messages[-1]["content"]:
+            return reply(f"no: {spelling(key)}".encode(), 400)
+        if "question 1" in messages[-1]["content"]:
+            return reply(json.dumps({"error": {"message": spelling(key)}}).encode(), 503)
+        return f"For {spelling(key)} I say\n{likes_good(number, messages)}"
+    result = ask(serve(script), files, "--retries", 1)
+    assert (result["failed"], result["policies"]["ours"]["n"]) == (4, 4)
+    shown = "".join(capsys.readouterr()) + "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "***" in shown
+    for part in ("sk-se", "cret", "quux", "zork", "xyz"):
+        assert part not in shown.lower(), part
+
+
+def test_a_dummy_key_of_a_local_server_hides_no_verdict(files, serve, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "A")
+    assert ask(serve(likes_good), files)["policies"]["ours"]["win_rate"] == 1.0
+
+
+# ---- files that are somebody's ----
+
+THEIRS = ['{"a": 1}', '{"a": 1}\n', '[{"prompt": "a"}]', "text", '{"key": "k", "value": 1}',
+          '{"key": "k", "text": "t"}\n{"a": 1}\n', '{"key": "k", "text": "t"}\n', "3\n", "[" * 100_000,
+          "\x00\xff"]
+
+
+@pytest.mark.parametrize("text", THEIRS)
+def test_verdicts_that_are_not_ours_are_left_alone(text, files, serve, tmp_path):
+    Path("p.json").write_text(text)
+    server = serve(likes_good)
+    with pytest.raises(BadInput, match="p.json: not a file that this script wrote"):
+        ask(server, files, "--verdicts", "p.json")
+    assert Path("p.json").read_text() == text and not server.calls
+
+
+def test_results_are_written_over_results_alone(files, serve):
+    """--json: an earlier result, or an empty file."""
+    server = serve(likes_good)
+    Path("result.json").write_text("")
+    assert ask(server, files) == ask(server, files)
+    for text in ('{"model_type": "llama"}', '{\n "command": "node",\n "args": []\n}', "[]"):
+        Path("result.json").write_text(text)
+        with pytest.raises(BadInput, match="--json result.json: a file that this command did not write"):
+            ask(server, files)
+        assert Path("result.json").read_text() == text
+    assert len(server.calls) == 12
+
+
+@pytest.mark.parametrize("name", ["o.json", "o.json.partial.jsonl", "o.json.settings.json"])
+@pytest.mark.parametrize("text", ["[]", '{"id": 1}\n', '{"id": 1, "answers": []}', "{}", "text"])
+def test_answers_are_written_over_nothing_of_others(name, text, chain, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput):
+        generate_to(tmp_path / "o.json", "alpaca_eval", tmp_path, chain.sft)
+    assert {path.name for path in tmp_path.iterdir()} == {name, "questions.json"}
+    assert (tmp_path / name).read_text() == text
+
+
+def test_a_file_that_came_while_answers_were_sampled_is_left_alone(chain, tmp_path, monkeypatch):
+    """Interrupted after the first batch; then somebody writes to the place of --out."""
+    real, calls = judge.generate, []
+
+    def cut(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+    monkeypatch.setattr(judge, "generate", cut)
+    with pytest.raises(KeyboardInterrupt):
+        generate_to(tmp_path / "o.json", "alpaca_eval", tmp_path, chain.sft)
+    (tmp_path / "o.json").write_text("mine")
+    with pytest.raises(BadInput, match="--out .*did not write"):
+        generate_to(tmp_path / "o.json", "alpaca_eval", tmp_path, chain.sft)
+    assert (tmp_path / "o.json").read_text() == "mine"
+
+
 def test_answers_of_weights_that_have_changed_are_not_taken(chain, tmp_path):
     """The folder was trained again: its old answers are not its own."""
     import shutil
@@ -333,6 +583,11 @@ def test_answers_of_weights_that_have_changed_are_not_taken(chain, tmp_path):
     (["meta", "--labels", "label.jsonl"], "label.jsonl:1: needs texts"), (["table"], "runs/toy holds no"),
     (["generate", "--questions", "id.jsonl"], "id.jsonl: not a question file"),
     (["generate", "--mode", "pair"], "--mode is a flag of"),
+    (["judge", "--timeout", "nan"], "--timeout nan"), (["judge", "--timeout", "1e300"], "--timeout 1e"),
+    (["judge", "--parallel", "0"], "--parallel 0"), (["judge", "--retries", "1000000000"], "--retries 1e"),
+    (["judge", "--verdicts", "."], "not a file"), (["judge", "--verdicts", "v\udcff.jsonl"], "--verdicts"),
+    (["generate", "--out", "o\udcff.json"], "--out 'o\\udcff.json': not UTF-8"),
+    (["generate", "--policy", "a" * 5000], "--policy 'aaa"),
     (["rank", "--response_length", "8"], "--response_length")])
 def test_bad_input_is_one_sentence(words, part, files, tmp_path):
     for name, text in (("bad", "{\n"), ("empty", '{"uid": "a", "messages": []}\n'),
@@ -373,8 +628,9 @@ def test_points_of_single_answers(files, serve):
 
 def test_a_local_model_as_judge(files, chain, tmp_path):
     """It says nothing that can be read, which is counted; what does not fit its context, which it says."""
-    judge.main(["judge", "--answers", files[0], "--against", files[1], "--mode", "pair", "--judge_model",
-                str(chain.sft), "--judge_tokens", "4", "--dtype", "float32", "--json", "result.json"])
+    with pytest.raises(BadInput, match="12 requests.* nothing could be read"):
+        judge.main(["judge", "--answers", files[0], "--against", files[1], "--mode", "pair", "--judge_model",
+                    str(chain.sft), "--judge_tokens", "4", "--dtype", "float32", "--json", "result.json"])
     result = json.loads(Path("result.json").read_text())
     assert result["unread"] + result["failed"] == 12 and result["policies"]["ours"]["n"] == 0
     assert result["policies"]["ours"]["position"] == {"first_wins": None, "orders_agree": None}
@@ -511,7 +767,20 @@ def test_rankers_on_preference_pairs(chain, baseline, tmp_path):
     ("grade", "[[5]] of [[10]]", None), ("grade", "Rating: [[7]]", 7),
     ("grade", "[[7.5]]\nno, [[8]]", 8), ("grade", "[[0]]", None), ("grade", "7", None),
     ("pair", "[[A]] at first\nbut [[B]]", "B"), ("pair", "[[C]]", "C"), ("pair", "A is better", None),
-    ("pair", "[[D]]", None)])
+    ("pair", "[[D]]", None),
+    ("score", "Score: 3.5 or 4", None), ("score", "Score: -1", None), ("score", "Score: 4,5", None),
+    ("score", "Score: 3, maybe 4", None), ("score", "Score: 3\nScore: 4 or 5", None),
+    ("score", "Score: 3 (or 4)", None), ("score", "Score: 4-5", None), ("score", "Score: 3/4", None),
+    ("score", "Score: 4.5.1", None), ("score", "Score: \u0664", None), ("score", "Score: 1e0", None),
+    ("score", "Score: 4/5", 4), ("score", "**Score: 4**", 4), ("score", "Score: 4, Evaluation: 3 of 4", 4),
+    ("score", "Score: <4>", 4), ("score", "Score: 4.\nEvaluation evidence: Score 3 or 4", 4),
+    ("score", "Score: 3.5", 3.5), ("score", "Score: 12", None),
+    ("grade", "Rating: [[3]] or 4", None), ("grade", "Rating: [[-1]]", None), ("grade", "[[4,5]]", None),
+    ("grade", "Rating: [[7]], maybe 8", None), ("grade", "[[7 of [[8]]", None),
+    ("grade", "On a scale of 10: [[7]]/10.", 7), ("grade", "Rating: **[[7]]**", 7),
+    ("pair", "[[A]]\nno, [[D]]", None), ("pair", "[[A]], or perhaps B", None), ("pair", "[[B or [[A]]", None),
+    ("pair", "[[A]] [[tie]]", None), ("pair", "My verdict: **[[B]]**", "B"), ("grade", "[[" * 200_000, None),
+    ("score", "." * 400_000, None)])
 def test_verdicts_are_read_or_none(mode, text, wanted):
     assert judge.verdict(mode, text) == wanted
 

@@ -171,6 +171,20 @@ def test_cut_answers_and_groups_are_marked(words, data, chain):
     assert not any("group" in row for row in again)
 
 
+def test_a_warning_where_most_answers_are_cut(words, capsys):
+    """An end of turn that the model's files do not name shows in this."""
+    warned = "% cut at --response_length; warning: that is most of them"
+    for length in (1, 24):
+        rows, cut = run_label(words, prompts=12, response_length=length, out=f"{length}.jsonl",
+                              allow_dropped=True), {}
+        for completion in (c for row in rows for c in row["completions"]):
+            cut.setdefault(completion["model"], []).append(completion["truncated"])
+        said = capsys.readouterr().out.splitlines()
+        found = [line.split(":")[0].strip() for line in said if warned in line]
+        assert sorted(found) == sorted(p for p, flags in cut.items() if sum(flags) > len(flags) / 2)
+        assert (len(found) == 4) == (length == 1)
+
+
 def test_without_policies_the_sft_model_answers(words, chain, tmp_path):
     """runs/<model name>/sft where there is one, else the model itself."""
     del words["policies"]

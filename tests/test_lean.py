@@ -21,7 +21,7 @@ from common import (chat_ids, collate, freeze, generate, GumbelNoise, load_gvm, 
 from conftest import metrics, recorded, run_of, run_stage
 from plumbing import lean
 from plumbing.checks import reward_scale
-from plumbing.lean import LogProbs, OneBase, SharedPrefix
+from plumbing.lean import can_share_prefix, LogProbs, OneBase
 
 CPU, EOS = torch.device("cpu"), 1
 PROMPTS = [[0, 3, 6, 9], [0, 20], [0, 3, 6, 9, 15, 7], [0, 4]]
@@ -93,10 +93,10 @@ def test_logprobs_in_chunks_are_the_plain_ones_with_their_gradients(name, chunks
 def test_no_tensor_of_all_logits_is_made(models_folder):
     """The head sees answer tokens only, a chunk at a time, in both directions."""
     model = load_policy(models_folder / "llama", load_tokenizer(models_folder / "llama"), torch.float32)
-    seen = []
+    asked, seen = LogProbs(model), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     batch = batch_of()
-    logp, _ = asked_for_logprobs(LogProbs(model), batch, temperature=1.0, chunks=4)()
+    logp, _ = asked_for_logprobs(asked, batch, temperature=1.0, chunks=4)()
     logp.sum().backward()
     assert [shape[0] for shape in seen[:4]] == [4, 3, 3, 3] and len(seen) == 8  # 13 tokens, there and back
     assert sum(shape[0] for shape in seen[:4]) == batch.mask.sum()
@@ -299,6 +299,7 @@ def test_values_do_not_depend_on_reading_tau_once(systems, chain, monkeypatch):
              "response_ids": ids}
             for i, (s, colour, ids) in enumerate(zip(systems, ("red", "blue is it", "green"), RESPONSES))]
     reads, prefixes = [], []
+    assert can_share_prefix(gvm, 128, CPU)  # tried once, here
     recorded(monkeypatch, train_dvpo, "SharedPrefix", prefixes)
     hook = gvm.register_forward_pre_hook(lambda module, args, kwargs: reads.append(kwargs["input_ids"].shape),
                                          with_kwargs=True)
@@ -315,20 +316,6 @@ def test_values_do_not_depend_on_reading_tau_once(systems, chain, monkeypatch):
             alone = gvm(**inputs_of(batch_of([prompt], [row["response_ids"]]))).logits[0, len(prompt) - 1:, 0]
         assert values[:1 + T].tolist() == pytest.approx(alone.tolist(), abs=1e-5)
         assert not values[1 + T:].any()
-
-
-@torch.no_grad()
-def test_no_prefix_is_shared_without_a_use_or_under_sliding_windows(chain):
-    """Each prompt stays whole then, of a plain model and of a role on one base. What is shared ends before
-    the last token of the shortest prompt."""
-    base = load_policy(chain.sft, load_tokenizer(chain.sft), torch.float32)
-    prompts = [[0, 3, 6], [0, 3, 6, 9]]
-    assert SharedPrefix(base, prompts, True, CPU).rest == [[6], [6, 9]]
-    for model in (base, partial(OneBase(base), role="reference")):
-        assert SharedPrefix(model, prompts, False, CPU).rest == prompts
-        base.config.sliding_window = 8
-        assert SharedPrefix(model, prompts, True, CPU).rest == prompts
-        base.config.sliding_window = None
 
 
 # ---- sampling ----

@@ -282,6 +282,129 @@ def test_a_run_that_was_killed_when_it_had_finished(flags, chain, baseline, tmp_
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.fixture
+def other_disk(tmp_path):
+    """`checkpoints` of the run in tmp_path / "run" is a link to this folder, in which somebody has a file."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/mine.txt").write_text("keep")
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "disk")
+    return tmp_path / "disk"
+
+
+def contents(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_checkpoints_on_another_disk_are_cleared(flags, chain, baseline, other_disk, tmp_path, monkeypatch):
+    """The link stays one, and what is not ours stays; a later run that is cut before its first checkpoint
+    takes none of an earlier one."""
+    run = {**flags_of("sft", flags, chain, baseline), "output_dir": tmp_path / "run"}
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        cut_at(patch, 5)
+        run_stage(sft, **run)
+    assert contents(other_disk) == ["mine.txt", "step_00000002", "step_00000004"]
+    run_stage(sft, **run, resume=True)
+    whole = numbers(tmp_path / "run"), weights(tmp_path / "run")
+    assert contents(other_disk) == ["mine.txt"] and (tmp_path / "run/checkpoints").is_symlink()
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        cut_at(patch, 1)
+        run_stage(sft, **run)
+    resumed = []
+    recorded(monkeypatch, checkpoint.Checkpoints, "resume", resumed)
+    run_stage(sft, **run, resume=True)
+    assert resumed[0][1] == (0, {}) and (numbers(tmp_path / "run"), weights(tmp_path / "run")) == whole
+
+
+def test_a_checkpoint_that_is_a_link_itself(flags, chain, baseline, tmp_path, monkeypatch):
+    """Somebody has moved it to another disk: it is read, and at the end its link goes."""
+    run = {**flags_of("sft", flags, chain, baseline), "output_dir": tmp_path / "run"}
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        cut_at(patch, 5)
+        run_stage(sft, **run)
+    for step in (2, 4):
+        path = tmp_path / f"run/checkpoints/step_0000000{step}"
+        path.rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+    run_stage(sft, **{**run, "save_every": 1, "keep": 1}, resume=True)
+    assert not (tmp_path / "run/checkpoints").exists() and len(numbers(tmp_path / "run")) == 6
+    assert (tmp_path / "step_00000004/done.json").exists()
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_clearing_that_did_not_work_is_an_error(silent, flags, chain, baseline, tmp_path, monkeypatch):
+    """At the end, and at the start of the next run, whose --resume would take what was left. The model is
+    saved and the run is finished; the clearing is done by the next start."""
+    rmtree = shutil.rmtree
+
+    def refusing(path, ignore_errors=False, **options):
+        if not str(path).startswith(str(tmp_path / "checkpoints")):
+            rmtree(path, ignore_errors, **options)
+        elif not silent and not ignore_errors:
+            raise OSError(errno.EACCES, "Permission denied")
+    run = {**flags_of("sft", flags, chain, baseline, max_steps=3), "output_dir": tmp_path}
+    for resume in (False, True, False):
+        with monkeypatch.context() as patch, pytest.raises(
+                BadInput, match="checkpoints of a run that is over cannot be removed .*: do it"):
+            patch.setattr(shutil, "rmtree", refusing)
+            run_stage(sft, **run, resume=resume)
+        assert weights(tmp_path) and contents(tmp_path / "checkpoints") == ["step_00000002"]
+    with pytest.raises(SystemExit) as end:
+        run_stage(sft, **run, resume=True)
+    assert end.value.code == 0 and not (tmp_path / "checkpoints").exists()
+
+
+def test_what_a_kill_behind_the_end_has_left_is_cleared(flags, chain, baseline, other_disk, tmp_path,
+                                                        monkeypatch):
+    """Between finished.json and the clearing. The same command, which has --resume, clears."""
+    run = {**flags_of("sft", flags, chain, baseline, max_steps=3), "output_dir": tmp_path / "run"}
+
+    rmtree = shutil.rmtree
+
+    def killed(path, *args, **options):
+        if (tmp_path / "run/finished.json").exists():
+            raise PowerCut
+        rmtree(path, *args, **options)
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(shutil, "rmtree", killed)
+        run_stage(sft, **run, resume=True)
+    assert (tmp_path / "run/finished.json").exists() and "step_00000002" in contents(other_disk)
+    with pytest.raises(SystemExit) as end:
+        run_stage(sft, **run, resume=True)
+    assert end.value.code == 0 and contents(other_disk) == ["mine.txt"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("how", ["a link to nothing", "a file"])
+def test_a_disk_for_checkpoints_that_is_not_there(how, resume, flags, chain, baseline, tmp_path):
+    """Said before the work, not at the first checkpoint; --resume does not start anew beside it."""
+    if how == "a file":
+        (tmp_path / "checkpoints").write_text("")
+    else:
+        (tmp_path / "checkpoints").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(BadInput, match="checkpoints: no folder that can be read and written"):
+        run_stage(sft, **flags_of("sft", flags, chain, baseline, max_steps=1), output_dir=tmp_path,
+                  resume=resume)
+    assert contents(tmp_path) == [".lock", "checkpoints"]
+
+
+@pytest.mark.parametrize("content", [b"[]", b"", b"3", b"[" * 100_000, b'{"a": ' * 100_000, b"\xff", None,
+                                     "a folder", "a link to nothing"])
+def test_a_damaged_mark_of_the_end(content, flags, chain, baseline, tmp_path):
+    """finished.json is read, or refused in one sentence."""
+    path = tmp_path / "finished.json"
+    if content == "a folder":
+        path.mkdir()
+    elif content == "a link to nothing":
+        path.symlink_to(tmp_path / "gone")
+    else:
+        path.write_bytes(content or b"{}")
+    with pytest.raises(BadInput, match="finished.json: cannot be read .*delete it|by another run") as end:
+        run_stage(sft, **flags_of("sft", flags, chain, baseline, max_steps=1), output_dir=tmp_path,
+                  resume=True)
+    assert "\n" not in str(end.value) and not (tmp_path / "args.json").exists()
+
+
 def test_nothing_of_an_earlier_model_is_left_in_the_folder(flags, chain, baseline, tmp_path):
     """An adapter's or a shard's file would be read as part of the new model."""
     for name in ("gvm.json", "adapter_config.json", "model-00001-of-00002.safetensors",
@@ -336,15 +459,6 @@ def test_impossible_checkpoint_settings(change, chain, flags, baseline, tmp_path
         run_stage(sft, **flags_of("sft", flags, chain, baseline, **change), output_dir=tmp_path)
 
 
-@pytest.fixture
-def room(monkeypatch):
-    """room(bytes): no file of this process may become larger, as on a disk that is full; room() lifts it. The
-    operating system then refuses what torch, safetensors and Python write."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_while_saving_a_checkpoint(flags, chain, baseline, tmp_path, room, straight, monkeypatch):
     """The second checkpoint does not fit: one sentence, the first is good, and with room the run is as if
     nothing had been."""
@@ -381,6 +495,56 @@ def test_a_full_disk_elsewhere(size, what, flags, chain, baseline, tmp_path, roo
     assert weights(tmp_path / "out") == before != {}
     run_stage(sft, **run, resume=True)
     assert weights(tmp_path / "out") == before and len(numbers(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize("name, method", [("args.json", "resume"), ("finished.json", "finish")])
+def test_a_full_disk_leaves_no_half_of_a_small_file(name, method, flags, chain, baseline, tmp_path, room,
+                                                    monkeypatch, capsys):
+    """The old one, or none; with room the run goes on."""
+    run = {**flags_of("sft", flags, chain, baseline, max_steps=3), "output_dir": tmp_path}
+    if name == "args.json":
+        run_stage(sft, **run)
+    content = lambda: (tmp_path / name).exists() and (tmp_path / name).read_bytes()
+    before, original = content(), getattr(checkpoint.Checkpoints, method)
+
+    def full(self, *args):
+        room(100)
+        return original(self, *args)
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="not be written .*--resume True"):
+        patch.setattr(checkpoint.Checkpoints, method, full)
+        run_stage(sft, **{**run, "keep": 7})  # another args.json
+    room()
+    assert content() == before
+    run_stage(sft, **run, resume=True)
+    assert len(numbers(tmp_path)) == 3 and json.loads((tmp_path / name).read_text())
+
+
+@pytest.mark.parametrize("name", ["sft", "gvm"])
+def test_the_model_is_on_the_disk_before_its_checkpoints_go(name, flags, chain, baseline, tmp_path,
+                                                            monkeypatch):
+    """And so is the word that it is finished: a power cut loses what is in the system's memory only."""
+    fsync, rmtree, done = os.fsync, shutil.rmtree, []
+
+    def noting(file):
+        done.append(os.readlink(f"/proc/self/fd/{getattr(file, 'fileno', lambda: file)()}"))
+        fsync(file)
+
+    def removing(path, *args, **options):
+        if Path(path).parent.name == "checkpoints" or Path(path).name == "checkpoints":
+            done.append("cleared")
+        rmtree(path, *args, **options)
+    run_stage(STAGES[name], **flags_of(name, flags, chain, baseline, max_steps=3), output_dir=tmp_path / "a")
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(shutil, "rmtree", removing)
+    run_stage(STAGES[name], **flags_of(name, flags, chain, baseline, max_steps=3), output_dir=tmp_path / "b")
+    assert "cleared" in done
+    before = done[:done.index("cleared")]
+    model = {path.name for path in (tmp_path / "b").glob("*.*") if path.name not in (
+        ".lock", "metrics.jsonl", "args.json", "finished.json") and "tfevents" not in path.name}
+    assert len(model) > 4 and model <= {Path(path).name for path in before}
+    folder = [i for i, path in enumerate(before) if path == str(tmp_path / "b")]
+    files = [i for i, path in enumerate(before) if "/b/.saving/" in path]
+    assert max(files) < max(folder) and any("finished.json" in path for path in before)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
@@ -446,6 +610,34 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(name, flags, chain, 
     counting.remove()
     assert "rows" in str(end.value) and "()" not in str(end.value) and "Traceback" not in str(end.value)
     assert steps and not any(steps)  # none behind the checkpoint
+    run_stage(stage, **run, output_dir=tmp_path / "bad", resume=True)
+    assert numbers(tmp_path / "bad") == numbers(tmp_path / "straight")
+    assert weights(tmp_path / "bad") == weights(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("name, function", [
+    ("dvpo", "policy_loss"), pytest.param("ppo", "policy_loss", marks=pytest.mark.slow),
+    pytest.param("remax", "reinforce_loss", marks=pytest.mark.slow)])
+def test_a_later_optimizer_batch_that_is_not_finite(name, function, flags, chain, baseline, tmp_path,
+                                                    monkeypatch):
+    """The earlier ones of the step have moved the weights: the sentence does not say otherwise. Nothing of
+    the step is saved, and the run goes on from the checkpoint as if nothing had been."""
+    stage, run = STAGES[name], flags_of(name, flags, chain, baseline)
+    run_stage(stage, **run, output_dir=tmp_path / "straight")
+    loss_of, saved, steps = getattr(stage, function), [], []
+    recorded(monkeypatch, checkpoint.Checkpoints, "save", saved)
+
+    def poisoned(*args):
+        found = loss_of(*args)
+        bad = float("nan") if saved and any(steps) else 1.0
+        return (found[0] * bad, *found[1:]) if isinstance(found, tuple) else found * bad
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="Step 2: the loss is not fin") as end:
+        patch.setattr(stage, function, poisoned)
+        counting = register_optimizer_step_pre_hook(lambda *args: steps.append(len(saved)))
+        run_stage(stage, **run, output_dir=tmp_path / "bad")
+    counting.remove()
+    assert any(steps)  # of this step, before the bad one
+    assert "not touched" not in str(end.value) and "nothing of this step is saved" in str(end.value)
     run_stage(stage, **run, output_dir=tmp_path / "bad", resume=True)
     assert numbers(tmp_path / "bad") == numbers(tmp_path / "straight")
     assert weights(tmp_path / "bad") == weights(tmp_path / "straight")

@@ -25,6 +25,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from plumbing.data import split_of
+from plumbing.errors import writing
 from plumbing.ranks import quiet
 from toy.defaults import SPLIT_SEED
 from toy.world import (FACT_OF, FACTS, PROMPTS, SFT, TRAINING, UNSEEN, group_of, sample_answer, score,
@@ -148,14 +149,15 @@ def main(out, seed):
     split_seed = choose_split_seed()
     if split_seed != SPLIT_SEED:
         raise SystemExit(f"SPLIT_SEED in toy/defaults.py is {SPLIT_SEED}, the best is {split_seed}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".toy-") as scratch:
-        fresh, old = Path(scratch) / "fresh", Path(scratch) / "old"
-        fresh.mkdir()
-        counts = write_all(fresh, seed)
-        if out.exists():
-            out.rename(old)
-        fresh.rename(out)
+    with writing(out, "what was there is kept"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".toy-") as scratch:
+            fresh, old = Path(scratch) / "fresh", Path(scratch) / "old"
+            fresh.mkdir()
+            counts = write_all(fresh, seed)
+            if out.exists():
+                out.rename(old)
+            fresh.rename(out)
     for name, count in counts.items():
         print(f"{out / name}: {count} rows, {(out / name).stat().st_size / 1e6:.1f} MB")
     shares = Counter(split_of(prompt, split_seed) for prompt in PROMPTS)
