@@ -301,15 +301,15 @@ def reward_scores(model, tokenizer, chats, device, micro_batch):
 # ---- generation --------------------------------------------------------------------------------------------
 
 def keyed_rng(stream, *key):
-    """A numpy generator for one purpose, keyed by its name and integers or texts, e.g. ("tau", seed, step):
-    the same on every rank and after a restart. By a hash: numpy's own seeding takes (1,) and (1, 0) for one."""
+    """A numpy generator for one purpose, keyed by its name and by integers or texts, as in ("tau", seed, 3):
+    the same on every rank and after a restart. Hashed: numpy itself takes [1] and [1, 0] for one key."""
     key = repr([stream, *(k if isinstance(k, str) else int(k) for k in key)])
     return np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:16]))
 
 
-def row_seed(seed, place):
+def row_seed(seed, *place):
     """Sampling seed of one row: a function of the run's seed and the row's place in the stream of prompts."""
-    return int(keyed_rng("sampling", seed, place).integers(2**62))
+    return int(keyed_rng("sampling", seed, *place).integers(2**62))
 
 
 def epoch_rows(n, start, count, seed, shuffle=np.random.Generator.permutation):

@@ -41,7 +41,7 @@ from plumbing.checks import base_record, check_finite, tokenizer_fingerprint
 from plumbing.deepspeed_config import adamw, dtype_of, set_lr, step_norm
 from plumbing.folders import output_folder
 from plumbing.inputs import gvm_stage_inputs, steps_of
-from plumbing.lean import pack
+from plumbing.lean import can_share_prefix, in_one_sequence, pack
 from plumbing.log import Clock, MetricLog, due
 from plumbing.ranks import all_sum, gather_rows, init_distributed, peak_memory_gb, print0, seed_everything
 from plumbing.rows import reward_map, trajectories
@@ -71,7 +71,7 @@ class Args(RunArgs):
     tau_warmup: float = 0.6  # share of the steps in which tau is first empty, then grows to k pairs
     tau_question_tokens: int = 128  # each question of tau is cut to this [tokens]
     tau_answer_tokens: int = 256  # each answer of tau is cut to this [tokens]
-    batch_policies: int = 8  # policies in an optimizer batch, about: the rows of one share one tau
+    batch_policies: int = 8  # about so many policies in an optimizer batch; the rows of each share one tau
     # algorithm
     gamma: float = 1.0  # discount per token
     lam: float = 0.95  # lambda of TD(lambda); 0 is Eq. 1, 1 the Monte-Carlo return
@@ -103,8 +103,8 @@ def tau_pairs(step, steps, args):
 
 
 def rows_of_step(policies, step, args):
-    """Which trajectories an optimizer batch holds, from an endless stream of shuffled epochs. policies: who
-    wrote each of them. With --k, batch_size / --batch_policies rows of one policy stand together.
+    """Which trajectories an optimizer batch holds, from an endless stream of shuffled epochs. policies: of
+    all trajectories, who wrote each.
 
     With --reward preference they are pairs, rows 2 i and 2 i + 1, and the two share a batch: where both
     answers are equally good, +1 and -1 then cancel instead of being noise. Dealt apart, the toy's GVM learned
@@ -114,16 +114,16 @@ def rows_of_step(policies, step, args):
 
     def shuffle(rng, n):
         order = rng.permutation(n)
-        if not args.k:
+        if not args.k or len(set(policies)) <= args.batch_policies:
             return order
-        # stable: shuffled among those of the same policies
+        # Few policies in a batch have many rows each, which share one tau: shuffled blocks of one policy
         order = sorted(order, key=lambda i: sorted(policies[unit * i:unit * (i + 1)]))
-        size = max(1, args.batch_size // unit // args.batch_policies)
+        size = max(1, args.batch_size // args.batch_policies)
         blocks = [order[i:i + size] for i in range(0, n, size)]
         return [i for block in rng.permutation(len(blocks)) for i in blocks[block]]
     count = args.batch_size // unit
-    return [unit * i + j for i in epoch_rows(len(policies) // unit, step * count, count, args.seed, shuffle)
-            for j in range(unit)]
+    units = epoch_rows(len(policies) // unit, step * count, count, args.seed, shuffle)
+    return [unit * i + j for i in units for j in range(unit)]
 
 
 def ranking_accuracy(good, bad):
@@ -137,8 +137,10 @@ def ranking_accuracy(good, bad):
 class TauSource:
     """Draws tau: answers of one policy to prompts of other groups, texts cut to their budget."""
 
-    def __init__(self, rows, tokenizer, context, settings):
+    def __init__(self, rows, tokenizer, context, settings, shared=True):
+        """shared: whether the model can read tau once for several rows"""
         self.tokenizer, self.context, self.settings = tokenizer, context, settings
+        self.shared, self.key = shared, 0
         self.by_policy = defaultdict(list)
         for row in rows:
             self.by_policy[row["policy"]].append(row)
@@ -159,15 +161,19 @@ class TauSource:
                 break
         return pairs
 
-    def prompts(self, rows, tau):
-        """Token ids of tau + prompt for rows that share one tau. Where tau + prompt + response exceed the
-        context of any of them, whole pairs of tau are left out for all, the first one first."""
+    def behind(self, tau, rows):
+        """(token ids of tau + prompt, response ids, key) of rows that have one tau, and with it their key.
+        Where tau + prompt + response exceed the context of any of them, whole pairs of tau are left out for
+        all, the first one first."""
         for first in range(len(tau) + 1):
             prompts = [chat_ids(self.tokenizer, row["prompt"], tau[first:]) for row in rows]
             longest = max(len(prompt) + len(row["response_ids"]) for prompt, row in zip(prompts, rows))
             if longest <= self.context or first == len(tau):
-                self.shortened += first > 0
-                return prompts
+                break
+        self.shortened += len(rows) * (first > 0)
+        keys = [self.key] * len(rows) if tau and self.shared else range(self.key, self.key + len(rows))
+        self.key += len(rows)
+        return list(zip(prompts, [row["response_ids"] for row in rows], keys))
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------
@@ -185,8 +191,7 @@ def held_out_ranking(engine, pairs, tau_source, run):
         for lender in (good, bad) if args.k else (good,):
             tau = tau_source.draw(lender["policy"], {good["group"]},
                                   keyed_rng("held-out tau", args.split_seed, i), args.k)
-            prompts = tau_source.prompts((good, bad), tau)
-            jobs.append([(prompt, row["response_ids"], len(jobs)) for prompt, row in zip(prompts, (good, bad))])
+            jobs.append(tau_source.behind(tau, (good, bad)))
     # Every rank runs the same number of batches: ZeRO-3 would hang otherwise
     jobs = jobs[:len(jobs) // world * world]
     means = []
@@ -218,11 +223,11 @@ def values(model, rows, run):
 
 
 def batch_of_step(train, tau_source, step, k, run):
-    """This rank's rows of an optimizer batch: (prompt ids with tau in front, response ids, policy, reward).
+    """This rank's rows of an optimizer batch: (prompt ids with tau in front, response ids, key, reward).
 
     All rows of a policy have one tau, which is about other things than any of them (`group`). tau is longer
-    than they are, and read once for those that share a forward pass: so a policy's rows stand together, on
-    one rank where they can. Without tau, rows of like length stand together.
+    than they are, and read once for those in one forward pass: so a policy's rows stand together, on one rank
+    where they can. Without tau, rows of like length stand together.
     """
     args, by_policy, batch = run.args, defaultdict(list), []
     for i in rows_of_step([row["policy"] for row in train], step, args):
@@ -230,9 +235,8 @@ def batch_of_step(train, tau_source, step, k, run):
     for policy, rows in by_policy.items():
         tau = tau_source.draw(policy, {row["group"] for row in rows},
                               keyed_rng("tau", args.seed, step, policy), k)
-        batch += [(prompt, row["response_ids"], policy if tau else id(row), row["reward"])
-                  for prompt, row in zip(tau_source.prompts(rows, tau), rows)]
-    if k == 0:
+        batch += [(*ids, row["reward"]) for ids, row in zip(tau_source.behind(tau, rows), rows)]
+    if k == 0 or not tau_source.shared:
         return sorted(batch, key=lambda row: len(row[0]) + len(row[1]))[run.rank::run.world]
     share = len(batch) // run.world
     return batch[run.rank * share:(run.rank + 1) * share]
@@ -266,8 +270,11 @@ def main(args):
     reward = reward_map(train, args, dtype_of(config), device)
 
     engine = load_model(sft, config, args)
-    tau_source = TauSource(train, tokenizer, context, vars(args))
-    held_out_tau = TauSource([row for pair in pairs for row in pair], tokenizer, context, vars(args))
+    longest = args.max_length + args.k * (args.tau_question_tokens + args.tau_answer_tokens)
+    engine.eval()  # without LoRA's dropout
+    shared = args.k > 0 and can_share_prefix(engine, min(longest, context), device, in_one_sequence)
+    tau_source = TauSource(train, tokenizer, context, vars(args), shared)
+    held_out_tau = TauSource([row for pair in pairs for row in pair], tokenizer, context, vars(args), shared)
     steps = steps_of(args, train, pairs, f"trajectories of {len(tau_source.by_policy)} policies", world)
     print0(f"tau: {args.k} pairs, questions cut to {args.tau_question_tokens} and answers to "
            f"{args.tau_answer_tokens} tokens; where tau + prompt + response exceed {context}, whole pairs "
@@ -309,8 +316,7 @@ def main(args):
             row.update(held_out_ranking(engine, pairs, held_out_tau, run))
         log.write(step, row)
         checkpoints.after(step, steps, shortened=tau_source.shortened)
-    shortened, = all_sum(tau_source.shortened, device=device)
-    print0(f"tau: left-out pairs in {shortened:.0f} of {steps * args.batch_size} rows drawn")
+    print0(f"tau: left-out pairs in {tau_source.shortened} of {steps * args.batch_size} rows drawn")
     save_model(engine, tokenizer, out, extra={"gvm.json": {
         **record, "k": args.k,
         "tau_format": "earlier turns of the same chat", "tau_question_tokens": args.tau_question_tokens,

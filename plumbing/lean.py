@@ -263,7 +263,7 @@ def pack(rows, pad_id, device, dtype=torch.float32):
 
 
 def behind_cache(model, prefix, rests, device):
-    """Logits at the tokens of each of `rests` behind a prefix, from its keys and values: a list of [n, ...]."""
+    """Logits at the tokens of each of `rests` behind a prefix, by its keys and values: a list of [n, ...]."""
     batch = collate(rests, [[]] * len(rests), prefix[0], device)
     logits = read_behind(model, read_prefix(model, prefix, device), batch)
     return [row[seen] for row, seen in zip(logits, batch.attention.bool())]
