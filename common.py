@@ -304,11 +304,12 @@ def keyed_rng(stream, *key):
     """A numpy generator for one purpose, keyed by its name and by integers or texts, as in ("tau", seed, 3):
     the same on every rank and after a restart. Hashed: numpy itself takes [1] and [1, 0] for one key."""
     key = repr([stream, *(k if isinstance(k, str) else int(k) for k in key)])
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:16]))
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "big"))
 
 
 def row_seed(seed, *place):
-    """Sampling seed of one row: a function of the run's seed and the row's place in the stream of prompts."""
+    """A seed for one row's sampling: a function of the run's seed and the row's place in the stream of
+    prompts, or whatever else it is named by."""
     return int(keyed_rng("sampling", seed, *place).integers(2**62))
 
 

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from common import (Run, chat_ids, cut_pair, epoch_rows, keyed_rng, load_value_base, lora_config,
-                    td_loss, train_only)
+                    row_seed, td_loss, train_only)
 from plumbing.args import RunArgs, parse_args
 from plumbing.checkpoint import Checkpoints
 from plumbing.checks import base_record, check_finite, tokenizer_fingerprint
@@ -270,6 +270,7 @@ def main(args):
     reward = reward_map(train, args, dtype_of(config), device)
 
     engine = load_model(sft, config, args)
+    seed_everything(row_seed(args.seed, "dropout", rank))  # alike on all ranks so far; dropout must not be
     longest = args.max_length + args.k * (args.tau_question_tokens + args.tau_answer_tokens)
     engine.eval()  # without LoRA's dropout
     shared = args.k > 0 and can_share_prefix(engine, min(longest, context), device, in_one_sequence)
