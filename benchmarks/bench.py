@@ -10,9 +10,9 @@
 Weights are random, so the answers say nothing; memory and time depend on shapes alone. Every row of the table
 is a run of a script as it is, in a process of its own. They take turns, a step at a time, so that what else a
 machine does slows all of them; one after the other, DVPO / PPO differed by a fifth from run to run. The
-numbers are medians over the steps but the first two and the last, behind which a script evaluates; those of
-a ratio are its median and quartiles. read and trained are tokens, without and with gradients, with padding;
-models_gb is the peak beyond that of a process that has imported everything and loaded no model.
+numbers are medians over the steps but the first two; those of a ratio are its median and quartiles. read and
+trained are the tokens of a step, without and with gradients, padding included; models_gb is the peak beyond
+that of a process that has imported everything and loaded no model.
 
     dvpo, ppo      a step of train_dvpo.py, train_ppo.py; ppo_shared: with --share_base
     gvm            a step of train_gvm.py with K pairs in tau; gvm_alone: where each row reads tau for itself;
@@ -43,6 +43,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from plumbing.files import check_place, write_whole
 from plan import FRAMEWORK_GB, count, kv_bytes, plan, read_config
+from steps import tokens_of
 
 TEMPLATE = ("{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ ' ' + eos_token }}"
             "{% endif %} {% endfor %}")
@@ -170,18 +171,16 @@ def take_turns(workers):
 
 
 def measured(worker, args):
-    """{number: median} over the steps but the first two and the last, "each": the seconds of each."""
-    rows, counts = ([json.loads(line) for line in (worker.out / name).read_text().splitlines()]
-                    for name in ("metrics.jsonl", "counts.jsonl"))
-    rows, counts = rows[2:-1], counts[1:][2:-1]
-    median = lambda found, name: float(np.median([row[name] for row in found]))
-    found = {"method": worker.method, "step_s": median(rows, "timing/step_total"),
-             "read": median(counts, "read"), "trained": median(counts, "trained"),
+    """{number: median} over the steps but the first two, "each": the seconds of each."""
+    rows = [json.loads(line) for line in (worker.out / "metrics.jsonl").read_text().splitlines()][2:]
+    tokens = {kind: float(np.median(n[2:])) for kind, n in tokens_of(worker.out / "counts.jsonl").items()}
+    median = lambda name: float(np.median([row[name] for row in rows]))
+    found = {"method": worker.method, "step_s": median("timing/step_total"), **tokens,
              "peak_gb": rows[-1]["memory/peak_gb"], "each": [row["timing/step_total"] for row in rows]}
     if "timing/generation" in rows[0]:
-        found.update(rollout_s=median(rows, "timing/generation"), scoring_s=median(rows, "timing/score"),
-                     update_s=median(rows, "timing/train"), length=median(rows, "completions/mean_length"),
-                     longest=median(rows, "completions/max_length"))
+        found.update(rollout_s=median("timing/generation"), scoring_s=median("timing/score"),
+                     update_s=median("timing/train"), length=median("completions/mean_length"),
+                     longest=median("completions/max_length"))
         found["sampled_tokens_s"] = args.rollout_batch * found["length"] / found["rollout_s"]
         found["each score + update"] = [row["timing/score"] + row["timing/train"] for row in rows]
     return found
@@ -254,7 +253,7 @@ def parse_args(argv=None):
     add("--rm_pairs", type=int, default=60_000, help="--pipeline: pairs that the reward model is trained on")
     add("--rollouts", type=int, default=12_000, help="--pipeline: answers that the policy samples")
     add("--ppo_epochs", type=int, default=4, help="passes over each rollout batch")
-    add("--steps", type=int, default=12, help="steps; the first two and the last do not count")
+    add("--steps", type=int, default=12, help="steps; the first two are not counted")
     add("--gradient_checkpointing", choices=["True", "False"], default="False", help="as the scripts' flag")
     add("--static_cache", action="store_true", help="as the scripts' flag")
     add("--gb_s", type=float, default=4800, help="memory bandwidth of the GPU [GB/s]")
@@ -275,8 +274,8 @@ def main(argv=None):
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         sys.exit(f"error: {args.config}, {args.ds_config}: cannot be read as JSON configs ({e}).")
     bytes_per_weight = 2 if ds.get("bf16", {}).get("enabled") else 4
-    if args.steps < 4:
-        sys.exit(f"error: --steps {args.steps}: the first two and the last are not counted, take at least 4.")
+    if args.steps < 3:
+        sys.exit(f"error: --steps {args.steps}: the first two are not counted, take at least 3.")
     if "ppo_shared" in args.methods and not args.lora_r:
         sys.exit("error: --methods ppo_shared needs --lora_r: its models are LoRA on one base.")
     if args.json:

@@ -111,7 +111,7 @@ def test_the_benchmark_measures_both_trainers(tmp_path, capsys, monkeypatch):
               "max_position_embeddings": 256}
     (tmp_path / "config.json").write_text(json.dumps(config))
     flags = ["--config", str(tmp_path / "config.json"), "--prompt", "4", "--response", "6", "--rollout_batch",
-             "4", "--micro_batch", "2", "--ppo_epochs", "1", "--k", "1", "--steps", "4"]
+             "4", "--micro_batch", "2", "--ppo_epochs", "1", "--k", "1", "--steps", "3"]
     rows = bench.main([*flags, "--json", str(tmp_path / "bench.json")])
     assert [row["method"] for row in rows] == ["dvpo", "ppo"]
     assert json.loads((tmp_path / "bench.json").read_text())["results"] == rows
