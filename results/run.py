@@ -81,9 +81,9 @@ class Grid:
 
     def stage(self, name, script, flags, needs=(), cwd=ROOT):
         data, made = self.data
-        count = [ROOT / "benchmarks/steps.py", self.out / name / "counts.jsonl", "-", "-"] * self.counted
-        return self.add(self.out / name, [*count, f"{script}.py", "--output_dir", self.out / name, *data, *flags],
-                        [*made, *needs], cwd)
+        count = [ROOT / "benchmarks/steps.py", self.out / name / "counts.jsonl", "-", "-"]
+        return self.add(self.out / name, [*count * self.counted, f"{script}.py", "--output_dir",
+                                          self.out / name, *data, *flags], [*made, *needs], cwd)
 
     def sft(self, seed):
         toy = self.data[1]
@@ -104,8 +104,8 @@ class Grid:
         """A GVM or a reward model of SFT model 1 that is trained for so many steps."""
         sft = self.sft(1)
         name = "_".join([script, *(str(f).strip("-") for f in flags), str(steps), str(seed)])
-        return self.stage(f"pipeline/{name}", script, ["--sft_model", sft.folder, "--seed", seed,
-                                                       "--max_steps", steps, "--eval_every", 0, *flags], [sft])
+        return self.stage(f"pipeline/{name}", script, [
+            "--sft_model", sft.folder, "--seed", seed, "--max_steps", steps, "--eval_every", 0, *flags], [sft])
 
     def dvpo(self, name, seed, base, *flags, values=None, patch=None):
         """values: the run of a GVM, or "exact"; base: seed of the SFT model; patch: file in ablations/."""
