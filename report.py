@@ -151,9 +151,9 @@ def runs_section(args):
         return []
     runs, rows = defaultdict(dict), []
     for label, path in named_paths("--runs", args.runs, ("dvpo", "ppo"), "metrics.jsonl", args):
-        folder = Path(path).parent if path.endswith(".jsonl") else Path(path)
-        found = runs[label][path] = read_metrics(str(folder / "metrics.jsonl"))
-        file = folder / "args.json"
+        metrics = Path(path) if path.endswith(".jsonl") else Path(path) / "metrics.jsonl"
+        found = runs[label][path] = read_metrics(str(metrics))
+        file = metrics.with_name("args.json")
         flags = read_object(file, f"{file}: not the flags of a run", "take it away") if file.exists() else {}
         rows.append([escape(label), escape(path), max(max(steps) for steps in found.values()) + 1,
                      *(escape(flags.get(name, "-")) for name in ("lr", "seed")),
@@ -241,7 +241,7 @@ def tables_section(args):
     for path in args.tables:
         result = read_object(path, f"{path}: cannot be read", "name a file that --json wrote")
         command = result.get("command")
-        if command not in TABLES:
+        if not isinstance(command, str) or command not in TABLES:
             raise BadInput(f"--tables {path}: not what evaluate.py gvm, evaluate.py policy or judge.py wrote "
                            f"with --json; name such a file.")
         try:

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
-from transformers.utils import cached_file, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import cached_file, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from plumbing.errors import BadInput, loading, one_line
 from plumbing.files import read_object
 from plumbing.folders import base_of, model_place
 from plumbing.limits import check_limits
 from plumbing.ranks import gather_rows, print0
-from plumbing.texts import BadText, date_of, render
+from plumbing.texts import BadText, date_of, end_ids, render, special_tokens
 
 
 def pretrained(cls, path, flag="--model", **kwargs):
@@ -47,17 +47,27 @@ READ = {".safetensors", ".json", ".jinja", ".model", ".txt"}  # kinds of files t
 def check_shards(path):
     """Refuse an index of weights that names a file of another kind or outside of the model's folder; the
     files in a snapshot of the hub's cache are links to the `blobs` beside it."""
-    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_gated_repo=False,
-                        _raise_exceptions_for_missing_entries=False,
-                        _raise_exceptions_for_connection_errors=False)
+    index = file_of(path, SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
         return
     folder = Path(index).parent.resolve()
     homes = {folder, folder.parent.parent / "blobs"} if folder.parent.name == "snapshots" else {folder}
-    for name in sorted(set(json.loads(Path(index).read_text())["weight_map"].values())):
+    for name in shards(index):
         if not name.endswith(".safetensors") or not homes & set((folder / name).resolve().parents):
-            raise ValueError(f"its {SAFE_WEIGHTS_INDEX_NAME} names {name}, which is no safetensors file of "
-                             f"this folder")
+            raise ValueError(f"its {SAFE_WEIGHTS_INDEX_NAME} names {name}, which is no safetensors file "
+                             f"inside of this folder; links out of it are not followed")
+
+
+def file_of(path, name):
+    """Where a file of a model's folder or hub id is; None where it has none."""
+    return cached_file(path, name, _raise_exceptions_for_gated_repo=False,
+                       _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)
+
+
+def shards(index):
+    """Names of the files that an index of weights names."""
+    return sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
 
 
 def load_weights(cls, path, flag, new_head=False, **kwargs):
@@ -182,7 +192,10 @@ def check_model(path, tokenizer, flag, tokens=0, asked="", head=False):
     if base_of(path) != path:
         check_head(path, flag)
     config = pretrained(AutoConfig, base_of(path), flag).get_text_config()
-    tokens_of = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))  # ids may have holes
+    # Ids may have holes; a token that stands in no text may have no row, as the image's of Gemma 3 1B
+    unused = special_tokens(tokenizer).keys() - {tokenizer.bos_token_id, tokenizer.pad_token_id,
+                                                 *end_ids(tokenizer)}
+    tokens_of = 1 + max(i for i in tokenizer.get_vocab().values() if i not in unused)
     if (getattr(config, "vocab_size", None) or tokens_of) < tokens_of:
         raise BadInput(f"{flag} {path}: the tokenizer has {len(tokenizer)} tokens, with ids up to "
                        f"{tokens_of - 1}, the model only {config.vocab_size}: they do not belong together.")
@@ -225,17 +238,22 @@ def check_base(folder, flag):
 
 
 def weights_fingerprint(model, flag="--model"):
-    """Of the weights in a folder: of each file its size and 16,384 pieces of 4 KiB, which is all of it up to
-    64 MiB; of a hub id its commit."""
-    crc = 0
-    for path in sorted(Path(model).glob("*.safetensors")):
+    """Of the weights of a folder or hub id: of each file its size and 16,384 pieces of 4 KiB, which is all of
+    it up to 64 MiB."""
+    files, crc = sorted(Path(model).glob("*.safetensors")), 0
+    if not Path(model).is_dir():
+        with loading(model, flag):
+            index = file_of(model, SAFE_WEIGHTS_INDEX_NAME)
+            names = shards(index) if index else (SAFE_WEIGHTS_NAME, "adapter_model.safetensors")
+            files = [Path(file) for file in (file_of(model, name) for name in names) if file]
+    for path in files:
         size = path.stat().st_size
         with loading(model, flag), open(path, "rb") as f:
             crc = zlib.crc32(f"{path.name} {size}".encode(), crc)
             for place in range(0, size, max(1 << 12, size >> 14)):
                 f.seek(place)
                 crc = zlib.crc32(f.read(1 << 12), crc)
-    return crc or str(pretrained(AutoConfig, model, flag)._commit_hash)
+    return crc
 
 
 def gvm_settings(folder, flag="--value_model"):
@@ -244,6 +262,9 @@ def gvm_settings(folder, flag="--value_model"):
         wrong = [name for name, kind in GVM_SETTINGS.items() if not isinstance(settings[name], kind)
                  or (kind is int and settings[name] < (name == "context"))]
         date_of(settings)
+        reward = settings["reward"]
+        if reward["kind"] != "preference" and not 0 < float(reward["scale"]) + 0 * float(reward["center"]):
+            wrong.append("reward")
         if wrong:
             raise ValueError(f"gvm.json: wrong {', '.join(wrong)}")
         return settings

@@ -38,7 +38,7 @@ def loading(path, flag):
         elif "gated" in text or "401" in text or "403" in text:
             why = "the repository is gated: accept its licence on huggingface.co and run `hf auth login`"
         else:
-            why = "no such folder here, and the hub could not be reached or has no such model"
+            why = f"no such folder here, and of the hub: {one_line(e)}"
         raise BadInput(f"{flag} {path}: cannot load it ({why}){made_by(path)}.") from None
 
 

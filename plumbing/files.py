@@ -68,6 +68,8 @@ def parquet_rows(path, uses):
                 raise BadInput(f"{path}: two columns are called {', '.join(sorted(twice))}; rename one")
             for batch in file.iter_batches(batch_size=1000, columns=used):
                 table = only_used(pyarrow.Table.from_batches([batch]), uses)
+                if "arrow.json" in str(table.schema.types):  # it would be read as its source text
+                    raise ValueError("a column of mixed types, which holds JSON; write it as .jsonl")
                 for row in table.to_pylist() or [{}] * len(batch):
                     yield f"{path}[{i}]", {**dict.fromkeys(names), **row}
                     i += 1

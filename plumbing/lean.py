@@ -195,6 +195,8 @@ class SharedPrefix:
             longest = max(map(len, prompts)) + max(map(len, responses), default=0)
             share = can_share_prefix(model, max(gather_rows([longest])), device)
         n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1) if share else 0
+        if share and not min(gather_rows([n])):  # all ranks read a prefix, or none: ZeRO-3 would hang
+            n = 0
         self.model, self.rest = model, [ids[n:] for ids in prompts]
         self.cache = read_prefix(model, prompts[0][:n], device) if n else None
 

@@ -125,6 +125,7 @@ def reward_map(train, args, dtype, device):
                 "scale": (args.score_max - args.score_min) / 2}
     chats = [(row["prompt"], row["text"]) for row in train]
     model, tokenizer, *_ = load_reward_model(args.reward_model, dtype)
+    fingerprint = weights_fingerprint(args.reward_model)
     model, size, found = model.to(device), args.micro_batch, []
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for i in range(rank * size, len(chats), world * size):
@@ -134,7 +135,7 @@ def reward_map(train, args, dtype, device):
     for row, score in zip(train, scores):
         row["reward"] = float((score - center) / scale)
     return {"kind": "model", "reward_model": model_place(args.reward_model), "center": center, "scale": scale,
-            "fingerprint": weights_fingerprint(args.reward_model)}
+            "fingerprint": fingerprint}
 
 
 def rl_prompts(tokenizer, args, world):

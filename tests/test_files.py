@@ -118,6 +118,18 @@ def test_what_is_read_and_cannot_be_is_one_sentence(values, kind, part, hub, tmp
     assert "\n" not in str(end.value)
 
 
+def test_a_column_of_mixed_types_is_no_text(tmp_path):
+    """As `datasets` writes it: the rest is read, and where somebody reads that column it is refused, for its
+    text would be the source of JSON."""
+    kind = pyarrow.json_()
+    storage = pyarrow.array(['"is it ?"', '["a", "b"]'], kind.storage_type)
+    table = pyarrow.table({"prompt": pyarrow.ExtensionArray.from_storage(kind, storage),
+                           "chosen": ["yes", "yes"], "rejected": ["no", "no"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(BadInput, match="a.parquet: unreadable as parquet .*holds JSON; write it as .jsonl"):
+        list(read_data(str(tmp_path / "a.parquet")))
+
+
 def test_two_columns_of_one_name(tmp_path):
     """The last one would silently win."""
     table = pyarrow.table([["a"], *PAIR.values()], names=["prompt", *PAIR])
