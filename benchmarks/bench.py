@@ -89,7 +89,8 @@ def make_models(folder, config, dtype, args):
     settings = {"base_model": model_place(folder / "sft"), "k": args.k, "tau_question_tokens": args.tau[0],
                 "tau_answer_tokens": args.tau[1], "context": config.max_position_embeddings,
                 "chat_template": TEMPLATE, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-                "max_length": args.prompt + args.response, "split_seed": 0, "reward": {}}
+                "max_length": args.prompt + args.response, "split_seed": 0,
+                "reward": {"kind": "preference"}}
     (folder / "gvm/gvm.json").write_text(json.dumps(settings))
     (folder / "rm/rm.json").write_text(json.dumps({"center": 0.0, "scale": 1.0}))
     for name in ("sft", "gvm", "rm"):
