@@ -744,10 +744,10 @@ def rank_pairs(args, device):
         scores["GVM, last value"] = [v[-1] for v in values]
     groups = [prompt_text(record["prompt"]) for record, _ in records]
     of = [subsets[record["where"]] for record, _ in records]
+    same = [a["text"] == b["text"] for _, (a, b) in records]  # a tie, whatever each is padded with
     result = {"pairs": len(records), "accuracy": {}}
     for name, found in scores.items():
-        found = np.round(found, 6)  # the same text twice is a tie, whatever it is padded with
-        hit = hits(found[::2], found[1::2])
+        hit = np.where(same, 0.5, hits(found[::2], found[1::2]))
         for subset in ["all", *sorted(set(of) - {""})]:
             kept = [i for i, own in enumerate(of) if subset in ("all", own)]
             result["accuracy"][f"{name}: {subset}"] = {

@@ -104,8 +104,9 @@ class Grid:
         """A GVM or a reward model of SFT model 1 that is trained for so many steps."""
         sft = self.sft(1)
         name = "_".join(str(part).strip("-") for part in (script, *flags, steps, seed))
-        return self.stage(f"pipeline/{name}", script, ["--sft_model", sft.folder, "--seed", seed,
-                                                       "--max_steps", steps, "--eval_every", 0, *flags], [sft])
+        return self.stage(f"pipeline/{name}", script, [
+            "--sft_model", sft.folder, "--seed", seed, "--max_steps", steps, "--eval_every", 0, *flags],
+            [sft])
 
     def dvpo(self, name, seed, base, *flags, values=None, patch=None):
         """values: the run of a GVM, or "exact"; base: seed of the SFT model; patch: file in ablations/."""
