@@ -336,7 +336,7 @@ def compare(grid, seeds):
 
 REACHED = 0.43  # true reward on held-out prompts that a pipeline has to reach
 BEFORE = {"DVPO": ("train_gvm", (300, 450, 700), []),
-          "DVPO, GVM of pairs": ("train_gvm", (300, 450, 700), ["--reward", "preference"]),
+          "DVPO, GVM of pairs": ("train_gvm", (450, 700), ["--reward", "preference"]),
           "PPO": ("train_rm", (150, 300, 450, 600), [])}
 
 
