@@ -114,13 +114,17 @@ def rows_of_step(policies, step, args):
 
     def shuffle(rng, n):
         order = rng.permutation(n)
-        if not args.k or len(set(policies)) <= args.batch_policies:
+        if not args.k or (unit == 2 and len(set(policies)) <= args.batch_policies):
             return order
-        # Few policies in a batch have many rows each, which share one tau: shuffled blocks of one policy
-        order = sorted(order, key=lambda i: sorted(policies[unit * i:unit * (i + 1)]))
-        size = max(1, args.batch_size // args.batch_policies)
-        blocks = [order[i:i + size] for i in range(0, n, size)]
-        return [i for block in rng.permutation(len(blocks)) for i in blocks[block]]
+        # Few policies in a batch have many rows each, which share one tau: blocks of one policy, and each
+        # policy's blocks in equal distances over the epoch
+        size, by_policy, blocks = max(1, args.batch_size // args.batch_policies), defaultdict(list), []
+        for i in order:
+            by_policy[tuple(sorted(policies[unit * i:unit * (i + 1)]))].append(i)
+        for own in by_policy.values():
+            first = rng.random() * size
+            blocks += [((first + j) / len(own), own[j:j + size]) for j in range(0, len(own), size)]
+        return [i for _, block in sorted(blocks, key=lambda placed: placed[0]) for i in block]
     count = args.batch_size // unit
     units = epoch_rows(len(policies) // unit, step * count, count, args.seed, shuffle)
     return [unit * i + j for i in units for j in range(unit)]
@@ -227,17 +231,21 @@ def batch_of_step(train, tau_source, step, k, run):
 
     All rows of a policy have one tau, which is about other things than any of them (`group`). tau is longer
     than they are, and read once for those in one forward pass: so a policy's rows stand together, on one rank
-    where they can. Without tau, rows of like length stand together.
+    where they can, and beside policies with about as many tokens. Without tau, rows of like length do.
     """
-    args, by_policy, batch = run.args, defaultdict(list), []
+    args, by_policy, packs = run.args, defaultdict(list), []
     for i in rows_of_step([row["policy"] for row in train], step, args):
         by_policy[train[i]["policy"]].append(train[i])
     for policy, rows in by_policy.items():
         tau = tau_source.draw(policy, {row["group"] for row in rows},
                               keyed_rng("tau", args.seed, step, policy), k)
-        batch += [(*ids, row["reward"]) for ids, row in zip(tau_source.behind(tau, rows), rows)]
+        packs.append([(*ids, row["reward"]) for ids, row in zip(tau_source.behind(tau, rows), rows)])
     if k == 0 or not tau_source.shared:
-        return sorted(batch, key=lambda row: len(row[0]) + len(row[1]))[run.rank::run.world]
+        packs = [[row] for pack in packs for row in pack]
+    packs.sort(key=lambda pack: sum(len(prompt) + len(response) for prompt, response, *_ in pack))
+    batch = [row for pack in packs for row in pack]
+    if k == 0 or not tau_source.shared:
+        return batch[run.rank::run.world]
     share = len(batch) // run.world
     return batch[run.rank * share:(run.rank + 1) * share]
 

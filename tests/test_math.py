@@ -3,6 +3,7 @@ normalized advantage (Eq. 2), the clipped surrogate (Eq. 3), GAE, the KL control
 averages and the learning rates."""
 
 import json
+from collections import Counter
 import math
 from types import SimpleNamespace
 
@@ -325,7 +326,8 @@ def test_the_answers_of_a_pair_share_a_batch():
 @pytest.mark.parametrize("reward", ["score", "preference"])
 def test_a_batch_holds_about_so_many_policies(reward):
     """Of 20 policies 4 in a batch of 16 rows, where single rows would be of 11; at the borders between
-    policies some more. Each row once an epoch, pairs together; with few policies the order is as it was."""
+    policies some more. Each row once an epoch, pairs together. Few policies: as many rows of each, but pairs
+    as they come."""
     names = [f"p{i // 16 if reward == 'score' else i // 32 * 2 + i % 2}" for i in range(320)]
     args = SimpleNamespace(reward=reward, batch_size=16, seed=3, k=2, batch_policies=4)
     batches = [train_gvm.rows_of_step(names, step, args) for step in range(40)]
@@ -334,9 +336,14 @@ def test_a_batch_holds_about_so_many_policies(reward):
     assert len({tuple(batch) for batch in batches}) == 40
     if reward == "preference":
         assert all(row ^ 1 in batch for batch in batches for row in batch)
-    plain = SimpleNamespace(**{**vars(args), "batch_policies": 20})
-    assert train_gvm.rows_of_step(names, 3, plain) == train_gvm.rows_of_step(
-        names, 3, SimpleNamespace(**{**vars(args), "k": 0}))
+    few = [f"p{i % 4}" for i in range(320)]
+    batches = [train_gvm.rows_of_step(few, step, args) for step in range(20)]
+    assert sorted(sum(batches, [])) == list(range(320))
+    if reward == "score":
+        assert all(Counter(few[i] for i in batch) == dict.fromkeys(set(few), 4) for batch in batches)
+    else:
+        plain = SimpleNamespace(**{**vars(args), "k": 0})
+        assert batches[3] == train_gvm.rows_of_step(few, 3, plain)
 
 
 def test_draws_depend_on_their_key_alone():
