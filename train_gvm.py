@@ -240,11 +240,10 @@ def batch_of_step(train, tau_source, step, k, run):
         tau = tau_source.draw(policy, {row["group"] for row in rows},
                               keyed_rng("tau", args.seed, step, policy), k)
         packs.append([(*ids, row["reward"]) for ids, row in zip(tau_source.behind(tau, rows), rows)])
-    if k == 0 or not tau_source.shared:
-        packs = [[row] for pack in packs for row in pack]
-    packs.sort(key=lambda pack: sum(len(prompt) + len(response) for prompt, response, *_ in pack))
-    batch = [row for pack in packs for row in pack]
-    if k == 0 or not tau_source.shared:
+    alone = k == 0 or not tau_source.shared
+    packs = [[row] for pack in packs for row in pack] if alone else packs
+    batch = sum(sorted(packs, key=lambda pack: sum(len(row[0]) + len(row[1]) for row in pack)), [])
+    if alone:
         return batch[run.rank::run.world]
     share = len(batch) // run.world
     return batch[run.rank * share:(run.rank + 1) * share]
