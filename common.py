@@ -10,6 +10,7 @@ V vocabulary. Tokens of a response are counted from t = 1, as in the paper:
     Q_t = Q(tau, s_t, a_t), read in a_t's column    Q_0 = V(s_1), read in column P - 1, the prompt's last
 """
 
+import hashlib
 import re
 from collections import namedtuple
 
@@ -299,24 +300,28 @@ def reward_scores(model, tokenizer, chats, device, micro_batch):
 
 # ---- generation --------------------------------------------------------------------------------------------
 
-def keyed_rng(*key):
-    """A numpy generator keyed by integers, e.g. (seed, step): the same on every rank and after a restart."""
-    return np.random.default_rng([int(k) for k in key])
+def keyed_rng(stream, *key):
+    """A numpy generator for one purpose, keyed by its name and by integers or texts, as in ("tau", seed, 3):
+    the same on every rank and after a restart. Hashed: numpy itself takes [1] and [1, 0] for one key."""
+    key = repr([stream, *(k if isinstance(k, str) else int(k) for k in key)])
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "big"))
 
 
-def row_seed(seed, place):
-    """Sampling seed of one row: a function of the run's seed and the row's place in the stream of prompts."""
-    return int(keyed_rng(seed, place + 2**32).integers(2**62))
+def row_seed(seed, *place):
+    """A seed for one row's sampling: a function of the run's seed and the row's place in the stream of
+    prompts, or whatever else it is named by."""
+    return int(keyed_rng("sampling", seed, *place).integers(2**62))
 
 
-def epoch_rows(n, start, count, seed):
+def epoch_rows(n, start, count, seed, shuffle=np.random.Generator.permutation):
     """Rows start..start+count of an endless stream of shuffled epochs over n rows: data order is a function
-    of the step alone, so it does not depend on the number of ranks and needs no state to resume."""
+    of the step alone, so it does not depend on the number of ranks and needs no state to resume.
+    shuffle: function (rng, n) -> an order of range(n)"""
     rows = []
     for i in range(start, start + count):
         epoch, place = divmod(i, n)
         if not rows or place == 0:
-            order = keyed_rng(seed, epoch).permutation(n)
+            order = shuffle(keyed_rng("epoch", seed, epoch), n)
         rows.append(int(order[place]))
     return rows
 

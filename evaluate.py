@@ -40,7 +40,7 @@ import torch
 from tqdm import tqdm  # comes with transformers
 
 from common import (answer_ids, chat_ids, collate, cut_pair, generate, keyed_rng, load_gvm, load_policy,
-                    load_reward_model, load_reward_tokenizer, load_tokenizer, reward_scores)
+                    load_reward_model, load_reward_tokenizer, load_tokenizer, reward_scores, row_seed)
 from plumbing.args import command_args, load_numbers, load_plug
 from plumbing.checks import (check_model, finite, gvm_settings, read_as_gvm, tokenizer_fingerprint,
                              weights_fingerprint)
@@ -49,6 +49,7 @@ from plumbing.errors import BadInput
 from plumbing.files import check_place, read_rows, write_whole
 from plumbing.folders import stage_folder
 from plumbing.kept import RESULTS, check_ours
+from plumbing.lean import can_share_prefix, in_one_sequence, pack
 from plumbing.page import PAGE, limit_of, page, terminal_text, token_texts
 from plumbing.ranks import init_distributed
 from plumbing.rows import responses_that_fit, reward_chat, reward_fits
@@ -101,7 +102,7 @@ def accuracy(hit, groups, draws=1000):
     """Mean of hits [N] and its 95 % interval, by bootstrap over groups [N]: hits of a group are dependent."""
     _, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     total, count = np.bincount(index, hit), np.bincount(index)
-    picks = keyed_rng(0).integers(len(count), size=(draws, len(count)))
+    picks = keyed_rng("bootstrap").integers(len(count), size=(draws, len(count)))
     low, high = np.percentile(total[picks].sum(1) / count[picks].sum(1), [2.5, 97.5])
     return {"accuracy": float(np.mean(hit)), "low": float(low), "high": float(high)}
 
@@ -136,13 +137,15 @@ def open_gvm(args, device):
 @torch.no_grad()
 def token_values(gvm, jobs):
     """Values along each response: V(s_1), read at the last prompt token, then Q_t of each of its tokens t.
-    jobs: list of (prompt ids with tau, response ids);  returns list of [1 + response length] float64"""
-    found = []
+    jobs: list of (prompt ids with tau, response ids), those to one prompt beside each other: it is read once
+    returns list of [1 + response length] float64"""
+    found, longest = [], max((len(prompt) + len(response) for prompt, response in jobs), default=1)
+    shared = can_share_prefix(gvm.model, longest, gvm.device, in_one_sequence)
     for start in tqdm(range(0, len(jobs), gvm.micro_batch), "values", disable=None):  # a bar on a terminal
         part = jobs[start:start + gvm.micro_batch]
-        batch = collate(*zip(*part), gvm.tokenizer.pad_token_id, gvm.device)
-        out = gvm.model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions)
-        q = out.logits[:, batch.P - 1:, 0].double().cpu().numpy()  # [B, 1 + R]
+        rows = [(*job, tuple(job[0]) if shared else i) for i, job in enumerate(part)]
+        inputs, places, _ = pack(rows, gvm.tokenizer.pad_token_id, gvm.device, gvm.model.dtype)
+        q = gvm.model(**inputs).logits[..., 0][places].double().cpu().numpy()  # [B, 1 + R]
         found += [row[:1 + len(response)] for row, (_, response) in zip(q, part)]
     return finite(found, f"--value_model {gvm.settings['folder']}", "values")
 
@@ -167,7 +170,8 @@ def under_tau(gvm, pool, policy, rows, rng):
 
 def values_under_own_tau(gvm, rows, pool, seed):
     """(values, taus): token values of each row under a tau of its own policy, and these taus."""
-    found = [under_tau(gvm, pool, row["policy"], [row], keyed_rng(seed, 1, i)) for i, row in enumerate(rows)]
+    found = [under_tau(gvm, pool, row["policy"], [row], keyed_rng("own tau", seed, i))
+             for i, row in enumerate(rows)]
     return token_values(gvm, [job for (job,), _ in found]), [tau for _, tau in found]
 
 
@@ -202,7 +206,7 @@ def read_held_out(source, gvm, args):
 
 def some(items, n, seed):
     """At most n of the items, the same ones under the same seed."""
-    return [items[i] for i in keyed_rng(seed).permutation(len(items))[:n]]
+    return [items[i] for i in keyed_rng("some", seed).permutation(len(items))[:n]]
 
 
 # ---- gvm ---------------------------------------------------------------------------------------------------
@@ -212,7 +216,7 @@ def rank_pairs(gvm, pairs, pool, seed):
     jobs, tau_length, shortened, k = [], [], 0, gvm.settings["k"]
     for i, pair in enumerate(pairs):
         for turn, owner in enumerate(pair if k else pair[:1]):
-            found, tau = under_tau(gvm, pool, owner["policy"], pair, keyed_rng(seed, 0, i, turn))
+            found, tau = under_tau(gvm, pool, owner["policy"], pair, keyed_rng("tau", seed, i, turn))
             jobs, shortened = jobs + found, shortened + (len(tau) < k)
             tau_length.append(np.mean([len(answer_ids(gvm.tokenizer, a)) for _, a in tau]) if tau else 0.0)
     values = [v[1:] for v in token_values(gvm, jobs)]
@@ -364,7 +368,7 @@ def evaluate_values(args, device):
     else:
         raise BadInput(f"--data {args.data}: no held-out question prefers an answer; give --question.")
     names = [f"response {i + 1}" for i in range(len(rows))] if args.question else ["good", "bad"]
-    jobs, tau = under_tau(gvm, pool, policy, rows, keyed_rng(args.seed))
+    jobs, tau = under_tau(gvm, pool, policy, rows, keyed_rng("tau", args.seed))
     responses = [{"label": name if row["score"] is None else f"{name} (score {row['score']:g})",
                   "text": row["response"], "tokens": token_texts(gvm.tokenizer, row["response_ids"]),
                   "values": v.tolist(), "mean": float(v[1:].mean()), "last": float(v[-1])}
@@ -410,7 +414,7 @@ def sequence_logprobs(policy, rows, tokenizer, args, device):
 def answers_of(folder, prompts, truth, tokenizer, args, device):
     """One policy's answers, with log-probs and true rewards. The model is freed when this returns."""
     policy = load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policies").to(device).eval()
-    seeds = [int(keyed_rng(args.seed, 2, i).integers(2**62)) for i in range(len(prompts))]  # for all policies
+    seeds = [row_seed(args.seed, i) for i in range(len(prompts))]  # for all policies
     answers = generate(policy, [row["prompt_ids"] for row in prompts], seeds, args.response_length,
                        args.temperature, tokenizer, device, batch=args.micro_batch)
     rows = [{**row, "response_ids": ids, "response": answer_text(tokenizer, ids),

@@ -30,7 +30,6 @@ import hashlib
 import json
 import re
 import time
-import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -42,7 +41,7 @@ import torch
 from tqdm import tqdm  # comes with transformers
 
 from common import (answer_ids, chat_ids, generate, keyed_rng, load_gvm, load_policy, load_reward_model,
-                    load_tokenizer, reward_scores)
+                    load_tokenizer, reward_scores, row_seed)
 from plumbing.args import command_args
 from plumbing.checks import check_model, fingerprint, finite, gvm_settings, read_as_gvm
 from plumbing.data import preference_pair, prompt_text, read_data
@@ -178,8 +177,7 @@ def answers_of(policy, tokenizer, questions, temperature, context, args, device)
         alone = [[i] for i in here if 0 < room[i] < args.response_length]
         found = {i: [] for i in here}  # empty where the prompt alone fills the context, or has no ids
         for part in filter(None, [together, *alone]):
-            seeds = [int(keyed_rng(args.seed, zlib.crc32(str(questions[i]["id"]).encode()), turn)
-                         .integers(2**62)) for i in part]
+            seeds = [row_seed(args.seed, str(questions[i]["id"]), turn) for i in part]
             found.update(zip(part, generate(policy, [ids[i] for i in part], seeds, room[part[0]], temperature,
                                             tokenizer, device, batch=args.micro_batch)))
         for i in here:
@@ -516,7 +514,7 @@ def length_controlled(outcome, ours, theirs, groups, draws=200):
     x = np.tanh(d / max(np.sqrt(np.mean(d ** 2)), 1e-9))
     _, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     n = index.max() + 1
-    picks = keyed_rng(0).integers(n, size=(draws, n))
+    picks = keyed_rng("bootstrap").integers(n, size=(draws, n))
     weights = np.stack([np.ones(n), *[np.bincount(pick, minlength=n) for pick in picks]])[:, index]
     a, b = np.zeros((2, 1 + draws))
     for _ in range(30):  # Newton's method, all draws at once; 1e-6: also with wins only
@@ -746,10 +744,10 @@ def rank_pairs(args, device):
         scores["GVM, last value"] = [v[-1] for v in values]
     groups = [prompt_text(record["prompt"]) for record, _ in records]
     of = [subsets[record["where"]] for record, _ in records]
+    same = [a["text"] == b["text"] for _, (a, b) in records]  # a tie, whatever each is padded with
     result = {"pairs": len(records), "accuracy": {}}
     for name, found in scores.items():
-        found = np.round(found, 6)  # the same text twice is a tie, whatever it is padded with
-        hit = hits(found[::2], found[1::2])
+        hit = np.where(same, 0.5, hits(found[::2], found[1::2]))
         for subset in ["all", *sorted(set(of) - {""})]:
             kept = [i for i, own in enumerate(of) if subset in ("all", own)]
             result["accuracy"][f"{name}: {subset}"] = {

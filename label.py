@@ -23,7 +23,6 @@ import gc
 import hashlib
 import json
 import re
-import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm  # comes with transformers
 
 from common import (chat_ids, generate, keyed_rng, load_policy, load_reward_model, load_reward_tokenizer,
-                    load_tokenizer, reward_scores)
+                    load_tokenizer, reward_scores, row_seed)
 from plumbing.args import parse_args
 from plumbing.checks import check_model, fingerprint
 from plumbing.data import prompt_text, read_data, report_drops, split_of
@@ -96,7 +95,7 @@ def prompts_of(records, tokenizers, args):
         raise BadInput(f"--data {args.data}: no prompt of --shares {' '.join(args.shares)} is in it; give "
                        f"more data or other shares.")
     report_drops(dropped, len(found) + dropped.total(), args.data, args.allow_dropped, log=print0)
-    kept = sorted(keyed_rng(args.seed).permutation(len(found))[:args.prompts])
+    kept = sorted(keyed_rng("prompts", args.seed).permutation(len(found))[:args.prompts])
     texts = list(found)
     return {texts[i]: found[texts[i]] for i in kept}
 
@@ -106,7 +105,7 @@ def sampling_jobs(prompts, policies, args):
     jobs = {f"{name}@{t:g}": (folder, t, []) for name, folder in policies for t in args.temperatures}
     names = list(jobs)
     for text in prompts:
-        draw = keyed_rng(args.seed, zlib.crc32(text.encode())).permutation(len(names))
+        draw = keyed_rng("policies", args.seed, text).permutation(len(names))
         for i in sorted(draw[:args.per_prompt or len(names)]):
             jobs[names[i]][2].append(text)
     return jobs
@@ -223,8 +222,7 @@ def sample(folder, jobs, prompts, kept, args, device):
 
     def answer(part, name):
         ids = [chat_ids(tokenizer, prompts[text]["prompt"]) for text in part]
-        seeds = [int(keyed_rng(args.seed, *(zlib.crc32(x.encode()) for x in (text, name))).integers(2**62))
-                 for text in part]
+        seeds = [row_seed(args.seed, text, name) for text in part]
         found = generate(policy, ids, seeds, args.response_length, jobs[name][1], tokenizer, device,
                          batch=args.micro_batch)
         return [{"key": answer_key(text, name), "text": answer_text(tokenizer, y).strip(),

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
-from common import answer_ids, chat_ids, collate, epoch_rows, load_policy, lora_config, train_only
+from common import (answer_ids, chat_ids, collate, epoch_rows, load_policy, lora_config, row_seed,
+                    train_only)
 from plumbing.args import RunArgs, parse_args
 from plumbing.checkpoint import Checkpoints
 from plumbing.checks import check_finite
@@ -164,14 +165,15 @@ def main(args):
     checkpoints = Checkpoints(out, args, (train, test), models=[base])
 
     engine = load_model(base, "--base_model" if args.base_model else "--model", tokenizer, config, args)
+    seed_everything(row_seed(args.seed, "dropout", rank))  # alike on all ranks so far; dropout must not be
     steps = steps_of(args, train, test, "rows", world)
     start, _ = checkpoints.resume({"model": engine})
     log = MetricLog(out, args, ["loss", "eval/loss", "lr", "timing/step_total"], steps, start)
     for step in range(start, steps):
         clock = Clock()
-        # 1. batch: rows of this optimizer step, dealt to the ranks
-        rows = [train[i] for i in epoch_rows(len(train), step * args.batch_size, args.batch_size,
-                                             args.seed)][rank::world]
+        # 1. batch: rows of this optimizer step, those of like length beside each other, dealt to the ranks
+        rows = [train[i] for i in epoch_rows(len(train), step * args.batch_size, args.batch_size, args.seed)]
+        rows = sorted(rows, key=lambda row: sum(map(len, row)))[rank::world]
         tokens = sum(len(response) for _, response in rows)
         all_tokens, = all_sum(tokens, device=device)
 

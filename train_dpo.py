@@ -215,8 +215,9 @@ def main(args):
                                 "timing/step_total"], steps, start)
     for step in range(start, steps):
         clock = Clock()
-        # 1. batch: pairs of this optimizer step, dealt to the ranks
-        picks = epoch_rows(len(train), step * args.batch_size, args.batch_size, args.seed)[rank::world]
+        # 1. batch: pairs of this optimizer step, those of like length beside each other, dealt to the ranks
+        picks = epoch_rows(len(train), step * args.batch_size, args.batch_size, args.seed)
+        picks = sorted(picks, key=lambda i: sum(map(len, train[i])))[rank::world]
 
         # 2. update: DeepSpeed averages gradients over ranks, so a mean over pairs is sum * ranks / pairs
         engine.train()

@@ -239,7 +239,7 @@ def update(models, scored, advantage, step, run):
     totals, tokens, updates, grad_norm, first_ratio, stopped = 0, 0, 0, 0.0, None, False
     policy.train()
     for epoch in range(args.ppo_epochs):
-        order = keyed_rng(args.seed, step, epoch, run.rank).permutation(len(batch.ids))  # of this rank's rows
+        order = keyed_rng("update", args.seed, step, epoch, run.rank).permutation(len(batch.ids))
         for rows in np.split(order, len(order) // (args.micro_batch * args.accum_steps)):
             n, = all_sum(batch.mask[rows].sum(), device=run.device)  # response tokens of the optimizer batch
             sums = 0
@@ -361,14 +361,14 @@ def main(args):
         groups, k = {train[i]["group"] for i in picks}, settings["k"]
         if step == 0 and k > 0:
             # tau needs answers of the current policy: K extra prompts, outside the batch if possible
-            extra = sorted(keyed_rng(args.seed, 0).permutation(len(train))[:4 * k + global_batch],
+            extra = sorted(keyed_rng("first tau", args.seed).permutation(len(train))[:4 * k + global_batch],
                            key=lambda i: train[i]["group"] in groups)[:k]
             previous = rollout(models.policy, [train[i] for i in extra],
                                [row_seed(args.seed, -1 - j) for j in range(len(extra))], run)
         clock("generation")
 
         # 2. score: log pi_old, log pi_ref and Q(tau, s, a), all without gradient
-        tau = draw_tau(previous, groups, k, keyed_rng(args.seed, step))
+        tau = draw_tau(previous, groups, k, keyed_rng("tau", args.seed, step))
         scored = score(models, rows, fit_tau(tau, rows, settings, run), run)
         batch = scored.batch
         check_scores_finite(step, rows, *scored[2:])  # logp and all that stands behind it

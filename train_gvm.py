@@ -33,14 +33,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import (Run, chat_ids, collate, cut_pair, epoch_rows, keyed_rng, load_value_base, lora_config,
-                    td_loss, train_only)
+from common import (Run, chat_ids, cut_pair, epoch_rows, keyed_rng, load_value_base, lora_config,
+                    row_seed, td_loss, train_only)
 from plumbing.args import RunArgs, parse_args
 from plumbing.checkpoint import Checkpoints
 from plumbing.checks import base_record, check_finite, tokenizer_fingerprint
 from plumbing.deepspeed_config import adamw, dtype_of, set_lr, step_norm
 from plumbing.folders import output_folder
 from plumbing.inputs import gvm_stage_inputs, steps_of
+from plumbing.lean import can_share_prefix, in_one_sequence, pack
 from plumbing.log import Clock, MetricLog, due
 from plumbing.ranks import all_sum, gather_rows, init_distributed, peak_memory_gb, print0, seed_everything
 from plumbing.rows import reward_map, trajectories
@@ -70,6 +71,7 @@ class Args(RunArgs):
     tau_warmup: float = 0.6  # share of the steps in which tau is first empty, then grows to k pairs
     tau_question_tokens: int = 128  # each question of tau is cut to this [tokens]
     tau_answer_tokens: int = 256  # each answer of tau is cut to this [tokens]
+    batch_policies: int = 8  # about so many policies in an optimizer batch; the rows of each share one tau
     # algorithm
     gamma: float = 1.0  # discount per token
     lam: float = 0.95  # lambda of TD(lambda); 0 is Eq. 1, 1 the Monte-Carlo return
@@ -78,7 +80,7 @@ class Args(RunArgs):
     epochs: int = 1  # passes over the data
     max_steps: int = -1  # stop after this many, whatever epochs says; below 1: no limit [optimizer steps]
     batch_size: int = 32  # rows of one optimizer step, over all ranks
-    micro_batch: int = 2  # rows of one forward pass on one rank
+    micro_batch: int = 2  # rows of one forward pass on one rank; those of one policy need tau only once
     max_grad_norm: float = 1.0  # gradient clipping
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     # run: also --ds_config, --output_dir, --resume, --save_every, --keep, --track, see plumbing/args.py
@@ -88,19 +90,6 @@ class Args(RunArgs):
 
 
 # ---- the algorithm -----------------------------------------------------------------------------------------
-
-def read_values(logits, P):
-    """Q_0 .. Q_R: the values of the last prompt token and of every response token.
-
-    # ids       tau.. p1  p2 | y1  y2  y3  EOS pad    P prompt columns (left padded, tau in front), R = 5
-    # action a_t              1   2   3   4   -       a_t = y_t, in column P + t - 1
-    # Q_0 = V(s_1)            read at P - 1           the last prompt token, before anything is said
-    # Q_t                     read at P + t - 1       slice [:, P : T], after the action
-    # mask                    1   1   1   1   0       EOS is an action and is valued; nothing after it is
-    logits: [B, T, 1];  returns [B, 1 + R] float32
-    """
-    return logits[:, P - 1:, 0].float()
-
 
 def learning_rate(step, steps, args):
     """Linear decay from --lr to 0 after the last of `steps` optimizer steps."""
@@ -113,15 +102,31 @@ def tau_pairs(step, steps, args):
     return min(args.k, max(0, int(2 * args.k * (progress - 0.5))))
 
 
-def rows_of_step(n, step, args):
-    """Which of the n trajectories an optimizer batch holds, from an endless stream of shuffled epochs.
+def rows_of_step(policies, step, args):
+    """Which trajectories an optimizer batch holds, from an endless stream of shuffled epochs. policies: of
+    all trajectories, who wrote each.
 
     With --reward preference they are pairs, rows 2 i and 2 i + 1, and the two share a batch: where both
     answers are equally good, +1 and -1 then cancel instead of being noise. Dealt apart, the toy's GVM learned
     nothing in 700 steps; together, it did in 100.
     """
     unit = 2 if args.reward == "preference" else 1
-    units = epoch_rows(n // unit, step * args.batch_size // unit, args.batch_size // unit, args.seed)
+
+    def shuffle(rng, n):
+        order = rng.permutation(n)
+        if not args.k or (unit == 2 and len(set(policies)) <= args.batch_policies):
+            return order
+        # Few policies in a batch have many rows each, which share one tau: blocks of one policy, and each
+        # policy's blocks in equal distances over the epoch
+        size, by_policy, blocks = max(1, args.batch_size // args.batch_policies), defaultdict(list), []
+        for i in order:
+            by_policy[tuple(sorted(policies[unit * i:unit * (i + 1)]))].append(i)
+        for own in by_policy.values():
+            first = rng.random() * size
+            blocks += [((first + j) / len(own), own[j:j + size]) for j in range(0, len(own), size)]
+        return [i for _, block in sorted(blocks, key=lambda placed: placed[0]) for i in block]
+    count = args.batch_size // unit
+    units = epoch_rows(len(policies) // unit, step * count, count, args.seed, shuffle)
     return [unit * i + j for i in units for j in range(unit)]
 
 
@@ -136,20 +141,22 @@ def ranking_accuracy(good, bad):
 class TauSource:
     """Draws tau: answers of one policy to prompts of other groups, texts cut to their budget."""
 
-    def __init__(self, rows, tokenizer, context, settings):
+    def __init__(self, rows, tokenizer, context, settings, shared=True):
+        """shared: whether the model can read tau once for several rows"""
         self.tokenizer, self.context, self.settings = tokenizer, context, settings
+        self.shared, self.key = shared, 0
         self.by_policy = defaultdict(list)
         for row in rows:
             self.by_policy[row["policy"]].append(row)
         self.shortened = 0  # rows whose tau lost pairs because tau + prompt + response exceeded the context
 
-    def draw(self, policy, group, rng, k):
-        """k (question, answer) text pairs of `policy`, or all it has, none of them about `group`."""
+    def draw(self, policy, groups, rng, k):
+        """k (question, answer) text pairs of `policy`, or all it has, none of them about one of `groups`."""
         if k == 0:
             return []
         rows, pairs = self.by_policy[policy], []
         for i in rng.permutation(len(rows)):
-            if rows[i]["group"] != group:
+            if rows[i]["group"] not in groups:
                 if "cut" not in rows[i]:
                     rows[i]["cut"] = cut_pair(self.tokenizer, rows[i]["prompt"], rows[i]["text"],
                                               self.settings)
@@ -158,15 +165,19 @@ class TauSource:
                 break
         return pairs
 
-    def prompts(self, rows, tau):
-        """Token ids of tau + prompt for rows that share one tau. Where tau + prompt + response exceed the
-        context of any of them, whole pairs of tau are left out for all, the first one first."""
+    def behind(self, tau, rows):
+        """(token ids of tau + prompt, response ids, key) of rows that have one tau, and with it their key.
+        Where tau + prompt + response exceed the context of any of them, whole pairs of tau are left out for
+        all, the first one first."""
         for first in range(len(tau) + 1):
             prompts = [chat_ids(self.tokenizer, row["prompt"], tau[first:]) for row in rows]
             longest = max(len(prompt) + len(row["response_ids"]) for prompt, row in zip(prompts, rows))
             if longest <= self.context or first == len(tau):
-                self.shortened += first > 0
-                return prompts
+                break
+        self.shortened += len(rows) * (first > 0)
+        keys = [self.key] * len(rows) if tau and self.shared else range(self.key, self.key + len(rows))
+        self.key += len(rows)
+        return list(zip(prompts, [row["response_ids"] for row in rows], keys))
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------
@@ -182,16 +193,16 @@ def held_out_ranking(engine, pairs, tau_source, run):
     args, world, jobs = run.args, run.world, []
     for i, (good, bad) in enumerate(pairs):
         for lender in (good, bad) if args.k else (good,):
-            tau = tau_source.draw(lender["policy"], good["group"], keyed_rng(args.split_seed, i), args.k)
-            prompts = tau_source.prompts((good, bad), tau)
-            jobs.append([(prompt, row["response_ids"]) for prompt, row in zip(prompts, (good, bad))])
+            tau = tau_source.draw(lender["policy"], {good["group"]},
+                                  keyed_rng("held-out tau", args.split_seed, i), args.k)
+            jobs.append(tau_source.behind(tau, (good, bad)))
     # Every rank runs the same number of batches: ZeRO-3 would hang otherwise
     jobs = jobs[:len(jobs) // world * world]
     means = []
     for i in range(run.rank, len(jobs), world * args.micro_batch):
-        prompts, responses = zip(*[row for job in jobs[i:i + world * args.micro_batch:world] for row in job])
-        q, batch = values(engine, prompts, responses, run)
-        means += ((q[:, 1:] * batch.mask).sum(1) / batch.mask.sum(1)).tolist()
+        rows = [row for job in jobs[i:i + world * args.micro_batch:world] for row in job]
+        q, mask = values(engine, rows, run)
+        means += ((q[:, 1:] * mask).sum(1) / mask.sum(1)).tolist()
     engine.train()
     means = gather_rows(list(zip(means[::2], means[1::2])))
     if not means:
@@ -200,12 +211,42 @@ def held_out_ranking(engine, pairs, tau_source, run):
     return {"eval/accuracy": ranking_accuracy(good, bad), "eval/margin": float(np.mean(good) - np.mean(bad))}
 
 
-def values(model, prompts, responses, run):
-    """[B, 1 + R] values of lists of prompt ids (tau included) and response ids, and the collated batch."""
-    batch = collate(prompts, responses, run.tokenizer.pad_token_id, run.device)
-    logits = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=batch.positions,
-                   use_cache=False).logits
-    return read_values(logits, batch.P), batch
+def values(model, rows, run):
+    """Q_0 .. Q_R of rows (prompt ids with tau in front, response ids, key), [B, 1 + R] float32, and their
+    mask [B, R] bool. Rows with one key have one tau, and stand behind it in one sequence.
+
+    # ids       tau.. p1  p2 | y1  y2  y3  EOS       of each row; see lean.pack for rows that share a tau
+    # action a_t              1   2   3   4          a_t = y_t
+    # Q_0 = V(s_1)            read at p2             the last prompt token, before anything is said
+    # Q_t                     read at y_t            after the action
+    # mask                    1   1   1   1          EOS is an action and is valued; nothing after it is
+    """
+    dtype = next(model.parameters()).dtype
+    inputs, places, mask = pack(rows, run.tokenizer.pad_token_id, run.device, dtype)
+    return model(**inputs, use_cache=False).logits[..., 0][places].float(), mask
+
+
+def batch_of_step(train, tau_source, step, k, run):
+    """This rank's rows of an optimizer batch: (prompt ids with tau in front, response ids, key, reward).
+
+    All rows of a policy have one tau, which is about other things than any of them (`group`). tau is longer
+    than they are, and read once for those in one forward pass: so a policy's rows stand together, on one rank
+    where they can, and beside policies with about as many tokens. Without tau, rows of like length do.
+    """
+    args, by_policy, packs = run.args, defaultdict(list), []
+    for i in rows_of_step([row["policy"] for row in train], step, args):
+        by_policy[train[i]["policy"]].append(train[i])
+    for policy, rows in by_policy.items():
+        tau = tau_source.draw(policy, {row["group"] for row in rows},
+                              keyed_rng("tau", args.seed, step, policy), k)
+        packs.append([(*ids, row["reward"]) for ids, row in zip(tau_source.behind(tau, rows), rows)])
+    alone = k == 0 or not tau_source.shared
+    packs = [[row] for pack in packs for row in pack] if alone else packs
+    batch = sum(sorted(packs, key=lambda pack: sum(len(row[0]) + len(row[1]) for row in pack)), [])
+    if alone:
+        return batch[run.rank::run.world]
+    share = len(batch) // run.world
+    return batch[run.rank * share:(run.rank + 1) * share]
 
 
 def load_model(sft, config, args):
@@ -236,8 +277,12 @@ def main(args):
     reward = reward_map(train, args, dtype_of(config), device)
 
     engine = load_model(sft, config, args)
-    tau_source = TauSource(train, tokenizer, context, vars(args))
-    held_out_tau = TauSource([row for pair in pairs for row in pair], tokenizer, context, vars(args))
+    seed_everything(row_seed(args.seed, "dropout", rank))  # alike on all ranks so far; dropout must not be
+    longest = args.max_length + args.k * (args.tau_question_tokens + args.tau_answer_tokens)
+    engine.eval()  # without LoRA's dropout
+    shared = args.k > 0 and can_share_prefix(engine, min(longest, context), device, in_one_sequence)
+    tau_source = TauSource(train, tokenizer, context, vars(args), shared)
+    held_out_tau = TauSource([row for pair in pairs for row in pair], tokenizer, context, vars(args), shared)
     steps = steps_of(args, train, pairs, f"trajectories of {len(tau_source.by_policy)} policies", world)
     print0(f"tau: {args.k} pairs, questions cut to {args.tau_question_tokens} and answers to "
            f"{args.tau_answer_tokens} tokens; where tau + prompt + response exceed {context}, whole pairs "
@@ -247,28 +292,24 @@ def main(args):
     log = MetricLog(out, args, ["loss", "value/mean", "eval/accuracy", "lr"], steps, start)
     for step in range(start, steps):
         clock = Clock()
-        # 1. batch: rows of this optimizer step, each with a fresh tau of the policy that wrote it. tau is
+        # 1. batch: rows of this optimizer step, behind a fresh tau of the policy that wrote them. tau is
         #    empty at first: the model learns to value answers, then whose they are. Both at once took longer
         k = tau_pairs(step, steps, args)
-        picks = list(enumerate(rows_of_step(len(train), step, args)))[rank::world]
-        rows = []
-        for place, i in picks:
-            tau = tau_source.draw(train[i]["policy"], train[i]["group"], keyed_rng(args.seed, step, place), k)
-            prompt, = tau_source.prompts([train[i]], tau)
-            rows.append((prompt, train[i]["response_ids"], train[i]["reward"]))
-        count, = all_sum(sum(1 + len(response) for _, response, _ in rows), device=device)  # Q_0 .. Q_n each
+        rows = batch_of_step(train, tau_source, step, k, run)
+        count, = all_sum(sum(1 + len(response) for _, response, *_ in rows), device=device)  # Q_0 .. Q_n each
 
         # 2. update: DeepSpeed averages gradients over ranks, so a mean over values is sum * ranks / number
         engine.train()
         total, value_sum, bad = 0.0, 0.0, []
         for i in range(0, len(rows), args.micro_batch):
-            prompts, responses, rewards = zip(*rows[i:i + args.micro_batch])
-            q, batch = values(engine, prompts, responses, run)
-            loss, _ = td_loss(q, torch.tensor(rewards, device=device), batch.mask, args.gamma, args.lam)
+            micro = rows[i:i + args.micro_batch]
+            q, mask = values(engine, [row[:3] for row in micro], run)
+            rewards = torch.tensor([reward for *_, reward in micro], device=device)
+            loss, _ = td_loss(q, rewards, mask, args.gamma, args.lam)
             engine.backward(loss * world / count)
-            total, value_sum = total + loss.item(), value_sum + (q[:, 1:] * batch.mask).sum().item()
+            total, value_sum = total + loss.item(), value_sum + (q[:, 1:] * mask).sum().item()
             if not loss.isfinite():
-                bad += [repr(tokenizer.decode(prompt)[-80:]) for prompt in prompts]
+                bad += [repr(tokenizer.decode(prompt)[-80:]) for prompt, *_ in micro]
         total, value_sum = all_sum(total, value_sum, device=device)
         check_finite(total, step, "the loss", bad)
         set_lr(engine, learning_rate(step, steps, args))
@@ -283,8 +324,7 @@ def main(args):
             row.update(held_out_ranking(engine, pairs, held_out_tau, run))
         log.write(step, row)
         checkpoints.after(step, steps, shortened=tau_source.shortened)
-    shortened, = all_sum(tau_source.shortened, device=device)
-    print0(f"tau: left-out pairs in {shortened:.0f} of {steps * args.batch_size} rows drawn")
+    print0(f"tau: left-out pairs in {tau_source.shortened} of {steps * args.batch_size} rows drawn")
     save_model(engine, tokenizer, out, extra={"gvm.json": {
         **record, "k": args.k,
         "tau_format": "earlier turns of the same chat", "tau_question_tokens": args.tau_question_tokens,

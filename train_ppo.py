@@ -250,7 +250,7 @@ def update(models, scored, advantage, returns, step, run):
     policy.train()
     learner.train()
     for epoch in range(args.ppo_epochs):
-        order = keyed_rng(args.seed, step, epoch, run.rank).permutation(len(batch.ids))  # of this rank's rows
+        order = keyed_rng("update", args.seed, step, epoch, run.rank).permutation(len(batch.ids))
         for rows in np.split(order, len(order) // (args.micro_batch * args.accum_steps)):
             n, = all_sum(batch.mask[rows].sum(), device=run.device)  # response tokens of the optimizer batch
             sums = 0

@@ -186,7 +186,7 @@ def update(policy, scored, advantage, step, run):
     args, batch = run.args, scored.batch
     totals, tokens, updates, grad_norm, first_ratio = torch.zeros(2), 0, 0, 0.0, None
     policy.train()
-    order = keyed_rng(args.seed, step, 0, run.rank).permutation(len(batch.ids))
+    order = keyed_rng("update", args.seed, step, 0, run.rank).permutation(len(batch.ids))
     for rows in np.split(order, len(order) // (args.micro_batch * args.accum_steps)):
         n, = all_sum(batch.mask[rows].sum(), device=run.device)  # response tokens of the optimizer batch
         sums = torch.zeros(2)

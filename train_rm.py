@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from common import disable_dropout, epoch_rows, last_token_scores, lora_config, train_only
+from common import disable_dropout, epoch_rows, last_token_scores, lora_config, row_seed, train_only
 from plumbing.args import RunArgs, parse_args
 from plumbing.checkpoint import Checkpoints
 from plumbing.checks import base_record, check_finite, load_weights, tokenizer_fingerprint
@@ -143,15 +143,16 @@ def main(args):
     checkpoints, record = Checkpoints(out, args, (train, test), models=[sft]), base_record(sft)
 
     engine = load_model(sft, config, args)
+    seed_everything(row_seed(args.seed, "dropout", rank))  # alike on all ranks so far; dropout must not be
     steps = steps_of(args, train, test, "pairs", world)
     start, _ = checkpoints.resume({"model": engine})
     log = MetricLog(out, args, ["loss", "accuracy", "eval/accuracy", "lr", "timing/step_total"], steps, start)
     scores = None
     for step in range(start, steps):
         clock = Clock()
-        # 1. batch: pairs of this optimizer step, dealt to the ranks
-        rows = [train[i] for i in epoch_rows(len(train), step * args.batch_size, args.batch_size,
-                                             args.seed)][rank::world]
+        # 1. batch: pairs of this optimizer step, those of like length beside each other, dealt to the ranks
+        rows = [train[i] for i in epoch_rows(len(train), step * args.batch_size, args.batch_size, args.seed)]
+        rows = sorted(rows, key=lambda row: sum(map(len, row)))[rank::world]
 
         # 2. update: DeepSpeed averages gradients over ranks, so a mean over pairs is sum * ranks / pairs
         engine.train()

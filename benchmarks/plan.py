@@ -20,7 +20,9 @@ A step has three phases, and the peak is what stays plus the largest of them:
 
 DVPO holds the policy and one frozen copy of the SFT weights, which is reference and GVM; with --lora_r that
 one copy is all. PPO holds policy, critic, reference and reward model; with --lora_r policy and
-reference are one.
+reference are one. The GVM and the reward model are LoRA of rank 8 on a backbone without an LM head, and
+a step of their training is an update alone. Of a micro batch the GVM reads tau once, in one sequence with its
+rows (gvm; gvm_alone reads it with each); the reward model's (rm) is of as many answers.
 """
 
 import argparse
@@ -77,11 +79,12 @@ def layer_bytes(config, b):
 
 
 def plan(config, ds, gpus, method, lora_r=0, checkpointing=False, rollout_batch=8, micro_batch=2, prompt=1024,
-         response=1024, tau=1024):
+         response=1024, tau=1024, gvm_micro_batch=2):
     """{item: GB on each GPU}, `peak` last.
 
     ds: the DeepSpeed config as a dict;  prompt, response, tau: tokens
-    method: "dvpo", "ppo" (four models, as in the paper) or "ppo_shared" (--share_base, with LoRA only)
+    method: "dvpo", "ppo" (four models, as in the paper), "ppo_shared" (--share_base, with LoRA only), or of
+    what is trained before "gvm", "gvm_alone", "gvm_0" (K = 0), "rm"
     """
     b = 2 if ds.get("bf16", {}).get("enabled") else 4
     zero = ds.get("zero_optimization", {})
@@ -92,7 +95,10 @@ def plan(config, ds, gpus, method, lora_r=0, checkpointing=False, rollout_batch=
     backbone, lora = parameters - head, lora_rank_1 * lora_r
 
     # weights that are trained, and those that are not
-    if method == "dvpo":
+    before = method in ("gvm", "gvm_alone", "gvm_0", "rm")
+    if before:
+        trained, frozen = 8 * lora_rank_1, backbone
+    elif method == "dvpo":
         trained, frozen = lora or parameters, parameters + 8 * lora_rank_1  # the GVM's own adapter has rank 8
     elif method == "ppo_shared":
         trained, frozen = lora + 8 * lora_rank_1, parameters + 8 * lora_rank_1  # their rank is 8
@@ -110,12 +116,18 @@ def plan(config, ds, gpus, method, lora_r=0, checkpointing=False, rollout_batch=
     tokens, layers = prompt + response, config.num_hidden_layers
     kv = kv_bytes(config, b)
     logits = min(LOGIT_TOKENS, micro_batch * response) * config.vocab_size * 4
-    one_layer = micro_batch * tokens * layer_bytes(config, b)
+    in_layer = micro_batch * tokens
+    if before:  # tokens of a micro batch
+        in_layer = gvm_micro_batch * tokens + {"gvm": tau, "gvm_alone": gvm_micro_batch * tau}.get(method, 0)
+    one_layer = in_layer * layer_bytes(config, b)
     kept = one_layer * layers
     if checkpointing:  # the input of each layer, and one layer as it is made again
-        kept = micro_batch * tokens * config.hidden_size * b * layers + one_layer
+        kept = in_layer * config.hidden_size * b * layers + one_layer
     gathered, live = (parameters * b, min(parameters, LIVE) * b) if stage == 3 and gpus > 1 else (0, 0)
-    phases = {
+    learns = trained if before else lora or parameters  # policy and critic step one after the other
+    float32 = 0 if offload or state == 6 else learns * 4 / share["optimizer"]
+    phases = {"update: activations, mask": live + kept + (method == "gvm") * b * in_layer ** 2,
+              "update: float32 gradients": float32} if before else {
         "rollout: KV cache" + (" and gathered weights" if gathered else ""):
             min(rollout_batch, 64) * tokens * kv + gathered,  # generate() takes 64 rows at a time
         # logits, log-probs, their exponential and the product
@@ -124,9 +136,7 @@ def plan(config, ds, gpus, method, lora_r=0, checkpointing=False, rollout_batch=
         "scoring: a layer, tau": (method == "dvpo") * (
             live + one_layer + kv * (tau + micro_batch * (tau + tokens))),
         "update: activations, logits": live + kept + 3 * logits,
-        # policy and critic step one after the other
-        "update: float32 gradients":
-            0 if offload or state == 6 else (lora or parameters) * 4 / share["optimizer"]}
+        "update: float32 gradients": float32}
     gb = {name: n / GB for name, n in {**held, **phases}.items()}
     gb["peak"] = sum(gb[name] for name in held) + max(gb[name] for name in phases) + FRAMEWORK_GB
     return gb
@@ -144,6 +154,7 @@ def main(argv=None):
     parser.add_argument("--gradient_checkpointing", action="store_true", help="as the scripts' flag")
     parser.add_argument("--rollout_batch", type=int, default=8, help="prompts per step on one GPU")
     parser.add_argument("--micro_batch", type=int, default=2, help="rows of one forward pass on one GPU")
+    parser.add_argument("--gvm_micro_batch", type=int, default=2, help="rows of one forward pass of the GVM")
     parser.add_argument("--prompt", type=int, default=1024, help="longest prompt [tokens]")
     parser.add_argument("--response", type=int, default=1024, help="longest answer [tokens]")
     parser.add_argument("--tau", type=int, default=1024, help="tokens of tau in front of a prompt")
@@ -159,16 +170,17 @@ def main(argv=None):
         sys.exit(f"error: {args.config}, {' '.join(args.ds_config)}: cannot be read as the config of a "
                  f"Llama-like causal model and DeepSpeed configs ({e}).")
     flags = {name: getattr(args, name)
-             for name in ("lora_r", "rollout_batch", "micro_batch", "prompt", "response", "tau")}
+             for name in ("lora_r", "rollout_batch", "micro_batch", "prompt", "response", "tau",
+                          "gvm_micro_batch")}
     rows = [{"ds_config": name, "gpus": gpus, "method": method,
              **plan(config, found, gpus, method, checkpointing=args.gradient_checkpointing, **flags)}
             for name, found in ds.items() for gpus in args.gpus
-            for method in ("dvpo", "ppo", *(["ppo_shared"] if args.lora_r else []))]
+            for method in ("gvm", "dvpo", "rm", "ppo", *(["ppo_shared"] if args.lora_r else []))]
     print(f"{args.config}: {count(config)[0] / GB:.2f} billion parameters; GB on each GPU\n")
     print("| config | GPUs | | weights | gradients | optimizer | rollout | scoring | update | peak | "
           f"fits {args.gpu_gb:.0f} GB |\n|" + "---|" * 11)
     for row in rows:
-        phases = {phase: max(x for name, x in row.items() if name.startswith(phase + ":"))
+        phases = {phase: max((x for name, x in row.items() if name.startswith(phase + ":")), default=0.0)
                   for phase in ("rollout", "scoring", "update")}
         numbers = [row["weights, trained"] + row["weights, frozen"], row["gradients"], row["optimizer"],
                    phases["rollout"], phases["scoring"], phases["update"], row["peak"]]

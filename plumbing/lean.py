@@ -7,11 +7,13 @@ import functools
 import inspect
 import os
 import weakref
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaModel
 from transformers.modeling_outputs import TokenClassifierOutput
@@ -221,39 +223,93 @@ def read_behind(model, cache, batch):
                  use_cache=cache is not None, **{CACHE: cache}).logits
 
 
-SHARES = weakref.WeakKeyDictionary()  # model: (rows up to this length were tried, whether they were right)
+def pack(rows, pad_id, device, dtype=torch.float32):
+    """Rows that begin alike, as with one tau in front of each, in one sequence: the tokens in front are
+    computed once, forward and backward. A token sees those in front of its row and its row's own, at the
+    positions that they have without the others, so that every number is that of the row alone.
+
+    # sequence    tau tau tau | p1 p2 y1 y2 EOS | p1 y1 y2 y3 EOS | pad      two rows of one policy
+    # position     0   1   2     3  4  5  6  7     3  4  5  6  7     0
+    # row          0   0   0     1  1  1  1  1     2  2  2  2  2    -1       sees its own number and 0
+
+    rows: (prompt ids, response ids, key) of B rows; those of one key stand in one sequence
+    dtype: of the model, for a mask that is added to the attention scores
+    returns (a model's inputs,  (sequence, column) of V(s_1), Q_1 .. Q_R, [B, 1 + R] each,  mask [B, R] bool)
+    """
+    packs, sequences, place = defaultdict(list), [], {}
+    for i, (_, _, key) in enumerate(rows):
+        packs[key].append(i)
+    for members in packs.values():
+        prompts = [rows[i][0] for i in members]
+        n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1) if len(members) > 1 else 0
+        ids, positions, row_of = prompts[0][:n], list(range(n)), [0] * n
+        for number, i in enumerate(members, 1):
+            own = rows[i][0][n:] + rows[i][1]
+            place[i] = len(sequences), len(ids) + len(rows[i][0]) - n - 1
+            ids, positions = ids + own, positions + list(range(n, n + len(own)))
+            row_of = row_of + [number] * len(own)
+        sequences.append([torch.tensor(x) for x in (ids, positions, row_of)])
+    ids, positions, row_of = (pad_sequence(list(x), True, pad).to(device)
+                              for x, pad in zip(zip(*sequences), (pad_id, 0, -1)))
+    attention = (row_of >= 0).long()
+    if len(packs) < len(rows):
+        seen = (row_of[:, None] == 0) | (row_of[:, None] == row_of[:, :, None])
+        attention = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(
+            ~seen.tril(), torch.finfo(dtype).min)[:, None]
+    lengths = torch.tensor([len(response) for _, response, _ in rows], device=device)
+    sequence, first = torch.tensor([place[i] for i in range(len(rows))], device=device).T
+    t = torch.arange(1 + int(lengths.max()), device=device)
+    columns = first[:, None] + torch.minimum(t, lengths[:, None])  # behind an answer's end its last column
+    return ({"input_ids": ids, "attention_mask": attention, "position_ids": positions},
+            (sequence[:, None], columns), t[1:] <= lengths[:, None])
+
+
+def behind_cache(model, prefix, rests, device):
+    """Logits at the tokens of each of `rests` behind a prefix, by its keys and values: a list of [n, ...]."""
+    batch = collate(rests, [[]] * len(rests), prefix[0], device)
+    logits = read_behind(model, read_prefix(model, prefix, device), batch)
+    return [row[seen] for row, seen in zip(logits, batch.attention.bool())]
+
+
+def in_one_sequence(model, prefix, rests, device):
+    """The same numbers by pack."""
+    rows = [(prefix + rest[:1], rest[1:], 0) for rest in rests]
+    inputs, places, _ = pack(rows, prefix[0], device, next(model.parameters()).dtype)
+    logits = model(**inputs, use_cache=False).logits[places]
+    return [row[:len(rest)] for row, rest in zip(logits, rests)]
+
+
+SHARES = weakref.WeakKeyDictionary()  # model: {way of sharing: (length of the rows tried, were they right)}
 
 
 @torch.no_grad()
-def can_share_prefix(model, length, device):
+def can_share_prefix(model, length, device, shared=behind_cache):
     """Whether a model reads rows of up to `length` tokens behind a shared prefix as it reads them whole.
 
-    Between the prefix and a short row lies padding, which some models count (ALiBi, windows); others cannot
-    go on from a cache, or do not know it. So it is tried, with rows of very unequal length, once for each
-    doubling of `length`. All ranks try the same, and answer alike.
+    Between the prefix and a short row lies padding, or another row, which some models count (ALiBi, windows);
+    others cannot go on from a cache, or do not know it. So it is tried, with rows of very unequal length,
+    once for each doubling of `length`. All ranks try the same, and answer alike.
     """
     plain = getattr(model, "func", model)  # a role of OneBase is a functools.partial
     plain = getattr(plain, "module", plain)
     config, why = plain.config.get_text_config(), "other values come out"
     length = min(1 << (max(length, 32) - 1).bit_length(),
                  getattr(config, "max_position_embeddings", None) or 10**9)
-    tried, can = SHARES.get(plain, (0, True))
+    tried, can = SHARES.setdefault(plain, {}).get(shared, (0, True))
     if length <= tried or not can:
         return can
     ids = np.random.default_rng(0).integers(config.vocab_size, size=length).tolist()
     prefix, rests = ids[:length // 2], [ids[length // 2:], ids[-(length // 16):]]
-    batch, whole = (collate(rows, [[], []], ids[0], device)
-                    for rows in (rests, [prefix + rest for rest in rests]))
     try:
-        wanted = read_behind(model, None, whole)[:, len(prefix):].float()
-        error = read_behind(model, read_prefix(model, prefix, device), batch).float() - wanted
-        seen = batch.attention.bool()
-        limit = wanted[seen].std() * (1e-3 if next(plain.parameters()).dtype == torch.float32 else 0.1)
-        can = all(row[tokens].square().mean().sqrt() <= limit for row, tokens in zip(error, seen))
+        whole = [read_behind(model, None, collate([prefix + rest], [[]], ids[0], device))[0, len(prefix):]
+                 for rest in rests]
+        limit = whole[0].float().std() * (1e-3 if next(plain.parameters()).dtype == torch.float32 else 0.1)
+        can = all((row.float() - wanted.float()).square().mean().sqrt() <= limit
+                  for row, wanted in zip(shared(model, prefix, rests, device), whole))
     except Exception as e:  # whatever a model does that was not made for it
         can, why = False, one_line(e)
     agreed, ranks = all_sum(can, 1, device=device)
-    SHARES[plain] = length, agreed == ranks
+    SHARES[plain][shared] = length, agreed == ranks
     if agreed < ranks:
         print0(f"tau is read anew with each prompt: {config.model_type} cannot share it ({why})")
     return agreed == ranks

@@ -1,6 +1,7 @@
 """The runs behind the tables of the README and of results/README.md, on the toy world, one command each.
 
     python results/run.py compare          SFT, DPO, ReMax, PPO and DVPO, 5 seeds (what `make compare` does)
+    python results/run.py pipeline         what all stages cost until a true reward is reached
     python results/run.py baseline         PPO with room, against exact advantages
     python results/run.py advantage        (a) --advantage x where the values come from, and PPO
     python results/run.py lam              (b) lambda of TD(lambda)
@@ -32,9 +33,10 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from plumbing.files import write_whole
+from steps import tokens_of
 
 TAIL, KL_TAIL = 5, 20  # final reward: mean of the last 5 steps; KL and length: of the last 20
 
@@ -65,6 +67,7 @@ class Grid:
 
     def __init__(self, out, jobs):
         self.out, self.jobs, self.runs = out.resolve(), jobs, []
+        self.counted = False  # whether the tokens of what is added are counted
         self.toy = self.out / "toy/build"
         toy = self.add(self.out / "toy", ["-m", "toy.make", "--out", self.toy])
         self.data = ["--data", self.toy / "preferences.jsonl"], [toy]
@@ -78,8 +81,9 @@ class Grid:
 
     def stage(self, name, script, flags, needs=(), cwd=ROOT):
         data, made = self.data
-        return self.add(self.out / name, [f"{script}.py", "--output_dir", self.out / name, *data, *flags],
-                        [*made, *needs], cwd)
+        count = [ROOT / "benchmarks/steps.py", self.out / name / "counts.jsonl", "-", "-"]
+        return self.add(self.out / name, [*count * self.counted, f"{script}.py", "--output_dir",
+                                          self.out / name, *data, *flags], [*made, *needs], cwd)
 
     def sft(self, seed):
         toy = self.data[1]
@@ -95,6 +99,14 @@ class Grid:
     def rm(self, seed):
         sft = self.sft(seed)
         return self.stage(f"rm_{seed}", "train_rm", ["--sft_model", sft.folder, "--seed", seed], [sft])
+
+    def before(self, script, seed, steps, *flags):
+        """A GVM or a reward model of SFT model 1 that is trained for so many steps."""
+        sft = self.sft(1)
+        name = "_".join(str(part).strip("-") for part in (script, *flags, steps, seed))
+        return self.stage(f"pipeline/{name}", script, [
+            "--sft_model", sft.folder, "--seed", seed, "--max_steps", steps, "--eval_every", 0, *flags],
+            [sft])
 
     def dvpo(self, name, seed, base, *flags, values=None, patch=None):
         """values: the run of a GVM, or "exact"; base: seed of the SFT model; patch: file in ablations/."""
@@ -322,6 +334,72 @@ def compare(grid, seeds):
     write_whole(ROOT / "results/compare.jsonl", "".join(lines))
 
 
+REACHED = 0.43  # true reward on held-out prompts that a pipeline has to reach
+BEFORE = {"DVPO": ("train_gvm", (300, 450, 700), []),
+          "DVPO, GVM of pairs": ("train_gvm", (450, 700), ["--reward", "preference"]),
+          "PPO": ("train_rm", (150, 300, 450, 600), [])}
+
+
+def pipeline(grid, seeds):
+    """What it costs to get there from one SFT policy: the training before, at several lengths, and the steps
+    of the policy, which is measured on the held-out prompts every five steps. Seeds are of all stages.
+    Seconds are those of the steps themselves, and tokens those of their forward passes: a token that is
+    trained counts three times, for its backward pass."""
+    grid.counted, pairs = True, {}
+    for seed in seeds:  # the methods in turn, so that each runs beside the others
+        for i in range(max(len(steps) for _, steps, _ in BEFORE.values())):
+            for name, (script, steps, flags) in BEFORE.items():
+                if i < len(steps):
+                    first = grid.before(script, seed, steps[i], *flags)
+                    policy = policy_behind(grid, name, first, seed)
+                    pairs.setdefault((name, steps[i]), []).append((first, policy))
+    grid.execute()
+    found = {f"{name}, {steps} steps": {"method": name, **cost_to_reach(runs)}
+             for (name, steps), runs in pairs.items()}
+    best = {}
+    for label, numbers in found.items():
+        for unit in ("seconds", "tokens"):
+            if numbers["reached"] and numbers[unit] < best.get((numbers["method"], unit), (np.inf,))[0]:
+                best[numbers["method"], unit] = numbers[unit], label
+    columns = ["reached", "highest", "seconds before", "seconds", "tokens before", "tokens"]
+    print(f"\n| to {REACHED} | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    for label, numbers in found.items():
+        cells = ["-" if numbers[c] is None else f"{numbers[c]:.4g}" for c in columns]
+        print(f"| {label} | " + " | ".join(cells) + " |")
+    for (name, unit), (least, label) in best.items():
+        print(f"least {unit} of {name}: {least:.4g}, {least / best['PPO', unit][0]:.2f} of PPO's ({label})")
+    write_whole(ROOT / "results/pipeline.json", json.dumps(found, indent=1) + "\n")
+
+
+def policy_behind(grid, name, first, seed):
+    method, model = name.partition(",")[0], "--reward_model" if name == "PPO" else "--value_model"
+    return grid.stage(f"{first.folder.relative_to(grid.out)}_policy", f"train_{method.lower()}",
+                      ["--sft_model", grid.sft(1).folder, model, first.folder, "--seed", seed, "--max_steps",
+                       STEPS, "--eval_every", 5, *KL, *CHOSEN[method]], [grid.sft(1), first])
+
+
+def cost_to_reach(runs):
+    """runs: (the training before, the policy's) of each seed. The first evaluation at which the mean true
+    reward over the seeds is REACHED, as a step of the policy, and mean cost until then; else None."""
+    curves = [{i: row["eval/true_reward"] for i, row in enumerate(rows_of(policy))
+               if "eval/true_reward" in row} for _, policy in runs]
+    mean = {step: np.mean([curve[step] for curve in curves]) for step in curves[0]}
+    there = next((step + 1 for step, reward in mean.items() if reward >= REACHED), None)
+    n = there or len(rows_of(runs[0][1]))
+
+    def costs(run, steps=None):
+        """(seconds, thousand tokens) of a run's first steps."""
+        rows, tokens = rows_of(run)[:steps], tokens_of(run.folder / "counts.jsonl")
+        phases = [name for name in ("generation", "score", "train") if f"timing/{name}" in rows[0]]
+        return np.array([sum(column(rows, f"timing/{name}").sum() for name in phases or ["step_total"]),
+                         (tokens["read"] + 3 * tokens["trained"])[:steps].sum() / 1000])
+    first = np.mean([costs(before) for before, _ in runs], 0)
+    then = np.mean([costs(policy, n) for _, policy in runs], 0)
+    return {"reached": there, "highest": max(mean.values()), "seconds before": first[0],
+            "seconds": first[0] + then[0], "tokens before": first[1], "tokens": first[1] + then[1],
+            "held out": {step + 1: round(reward, 4) for step, reward in mean.items()}}
+
+
 def value(row):
     """What stands for the value of an answer: of the GVM, the critic, or the greedy answer."""
     return row.get("gvm/mean", row.get("critic/mean", row.get("objective/baseline")))
@@ -543,7 +621,7 @@ def instruction(grid, seeds):
 
 
 if __name__ == "__main__":
-    experiments = {f.__name__: f for f in (compare, lr, beta, instruction, baseline, advantage, lam,
+    experiments = {f.__name__: f for f in (compare, pipeline, lr, beta, instruction, baseline, advantage, lam,
                                            conditioning, normalization, drift, frontier)}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("experiment", choices=experiments)

@@ -124,7 +124,8 @@ def test_values_are_read_after_the_token(gvm, folder, dvpo_values):
     got = dvpo_values(gvm, PROMPTS, RESPONSES)
     assert_rows(got, wanted)
     assert all(not row[len(numbers):].any() for row, numbers in zip(got, wanted))  # nothing behind the end
-    assert_rows(train_gvm.values(gvm, PROMPTS, RESPONSES, run_of(load_tokenizer(folder)))[0], wanted)
+    rows = list(zip(PROMPTS, RESPONSES, range(len(PROMPTS))))
+    assert_rows(train_gvm.values(gvm, rows, run_of(load_tokenizer(folder)))[0], wanted)
 
 
 def test_values_one_token_early_or_late_would_be_seen(gvm, dvpo_values):
@@ -382,13 +383,16 @@ def test_tau_in_training_shows_the_same_policy_on_other_prompts(models_folder):
     source, seen = train_gvm.TauSource(rows, tokenizer, 128, SETTINGS), set()
     for step in range(30):
         for row in rows[:4]:
-            tau = source.draw(row["policy"], row["group"], keyed_rng(1, step), 3)
+            tau = source.draw(row["policy"], {row["group"]}, keyed_rng("tau", step), 3)
             assert len(tau) == 3 and {answer for _, answer in tau} == {row["text"]}
             assert row["prompt"][0]["content"] not in {question for question, _ in tau}
             seen.update(question for question, _ in tau)
     assert len(seen) == 6
-    assert source.draw(0, 0, keyed_rng(1), 0) == []
-    assert train_gvm.TauSource(rows[:2], tokenizer, 128, SETTINGS).draw(0, 0, keyed_rng(1), 3) == []
+    two = source.draw(1, {0, 1, 2, 5}, keyed_rng("tau"), 8)  # rows that share tau: it is about none of them
+    assert {question for question, _ in two} == {"is thing3 red ?", "is thing4 red ?"}
+    assert source.draw(0, {0}, keyed_rng("tau"), 0) == []
+    few = train_gvm.TauSource(rows[:2], tokenizer, 128, SETTINGS)
+    assert few.draw(0, {0}, keyed_rng("tau"), 3) == []
 
 
 def test_tau_grows_from_nothing_to_k():
@@ -408,10 +412,11 @@ def test_both_answers_of_a_pair_are_ranked_under_one_tau(models_folder, monkeypa
     rows = [{**row, "prompt_ids": chat_ids(tokenizer, row["prompt"])} for row in offline_rows()]
     pairs = list(zip(rows[1::2], rows[::2]))  # policy 1 is the good one
 
-    def values(engine, prompts, responses, run):
-        asked.extend(tokenizer.decode(prompt) for prompt in prompts)
-        yes = torch.tensor([[float(text.count("yes"))] for text in asked[-len(prompts):]])
-        return yes.expand(-1, 3), collate(prompts, responses, EOS)
+    def values(engine, rows, run):
+        assert [key for *_, key in rows[::2]] == [key for *_, key in rows[1::2]]  # read once for both
+        asked.extend(tokenizer.decode(prompt) for prompt, *_ in rows)
+        yes = torch.tensor([[float(text.count("yes"))] for text in asked[-len(rows):]])
+        return yes.expand(-1, 3), torch.ones(len(rows), 2)
     monkeypatch.setattr(train_gvm, "values", values)
     engine = SimpleNamespace(eval=lambda: None, train=lambda: None)
     source = train_gvm.TauSource(rows, tokenizer, 128, SETTINGS)
@@ -425,11 +430,12 @@ def test_tau_in_rl_prefers_prompts_outside_the_batch():
     """Insiders are used only where outsiders do not suffice, and the draw depends on its key alone."""
     previous = [{"group": i} for i in range(6)]
     for step in range(20):
-        drawn = [row["group"] for row in train_dvpo.draw_tau(previous, {0, 1, 2, 3}, 3, keyed_rng(step))]
+        drawn = [row["group"] for row in train_dvpo.draw_tau(previous, {0, 1, 2, 3}, 3,
+                                                             keyed_rng("tau", step))]
         assert set(drawn[:2]) == {4, 5} and drawn[2] < 4
         assert drawn == [row["group"] for row in train_dvpo.draw_tau(previous, {0, 1, 2, 3}, 3,
-                                                                     keyed_rng(step))]
-    assert train_dvpo.draw_tau(previous, set(), 0, keyed_rng(1)) == []
+                                                                     keyed_rng("tau", step))]
+    assert train_dvpo.draw_tau(previous, set(), 0, keyed_rng("tau")) == []
 
 
 def test_what_exceeds_the_context_loses_the_first_pair_of_tau(models_folder):
@@ -442,8 +448,10 @@ def test_what_exceeds_the_context_loses_the_first_pair_of_tau(models_folder):
     both, last, none = (len(chat_ids(tokenizer, CHAT, tau)) + 4 for tau in (TAU, TAU[1:], []))
     for context, left in ((both, TAU), (both - 1, TAU[1:]), (last, TAU[1:]), (last - 1, []), (none, [])):
         source = train_gvm.TauSource([], tokenizer, context, SETTINGS)
-        assert source.prompts([row, short], TAU) == [chat_ids(tokenizer, CHAT, left)] * 2
-        assert source.shortened == (left != TAU)
+        ids, key = chat_ids(tokenizer, CHAT, left), 0
+        assert source.behind(TAU, [row, short]) == [(ids, row["response_ids"], key),
+                                                    (ids, short["response_ids"], key)]
+        assert source.shortened == 2 * (left != TAU)
         assert train_dvpo.fit_tau(answered, [short, row], {**SETTINGS, "context": context},
                                   run_of(tokenizer)) == left
 

@@ -66,12 +66,14 @@ def test_activations_of_a_layer_are_what_autograd_keeps():
 def test_every_plan_is_finite_and_more_gpus_never_hold_more(path):
     config = plan.read_config(path)
     for name, ds in DS.items():
-        for method in ("dvpo", "ppo"):
+        for method in ("gvm", "gvm_0", "rm", "dvpo", "ppo"):
             one, eight = (plan.plan(config, ds, gpus, method) for gpus in (1, 8))
             for item in ("weights, trained", "weights, frozen", "gradients", "optimizer"):
                 assert 0 <= eight[item] <= one[item], (name, item)
             assert eight["peak"] > 0
-        assert plan.plan(config, ds, 1, "dvpo")["peak"] < plan.plan(config, ds, 1, "ppo")["peak"]
+        peak = lambda method: plan.plan(config, ds, 1, method)["peak"]
+        assert peak("dvpo") < peak("ppo")
+        assert peak("gvm_0") == peak("rm") < peak("gvm")
 
 
 def test_what_zero_and_lora_divide():
@@ -80,6 +82,9 @@ def test_what_zero_and_lora_divide():
     for item in ("weights, trained", "weights, frozen", "gradients", "optimizer"):
         assert eight[item] == pytest.approx(one[item] / 8)
     assert one["optimizer"] == pytest.approx(8.030261248 * 12)
+    shared, alone = (plan.plan(config, DS["zero3"], 1, method) for method in ("gvm", "gvm_alone"))
+    tokens = shared["update: activations, mask"] / alone["update: activations, mask"]
+    assert tokens == pytest.approx((2 * 2048 + 1024) / (2 * (2048 + 1024)), rel=0.01)  # two rows, one tau
     lora = plan.plan(config, DS["zero1"], 1, "dvpo", lora_r=16)
     copies = (lora["weights, trained"] + lora["weights, frozen"]) / (8.030261248 * 2)
     assert 1 < copies < 1.02 and lora["optimizer"] < 1  # one copy of the weights, and little else
@@ -90,9 +95,9 @@ def test_the_table_says_what_fits(capsys):
                       "--prompt", "256", "--gradient_checkpointing", "--gpu_gb", "24",
                       "--ds_config", str(ROOT / "ds_configs/zero1.json")])
     lines = capsys.readouterr().out.splitlines()
-    assert [row["method"] for row in rows] == ["dvpo", "ppo", "ppo_shared"]
-    assert [line.split(" | ")[-1] for line in lines[-3:]] == ["yes |", "no |", "yes |"]
-    assert rows[2]["peak"] < 1.1 * rows[0]["peak"]  # one copy of the weights as well
+    assert [row["method"] for row in rows] == ["gvm", "dvpo", "rm", "ppo", "ppo_shared"]
+    assert [line.split(" | ")[-1] for line in lines[-5:]] == ["yes |", "yes |", "yes |", "no |", "yes |"]
+    assert rows[4]["peak"] < 1.1 * rows[1]["peak"]  # one copy of the weights as well
     with pytest.raises(SystemExit, match="cannot be read"):
         plan.main([str(ROOT / "README.md")])
 
@@ -111,11 +116,28 @@ def test_the_benchmark_measures_both_trainers(tmp_path, capsys, monkeypatch):
     assert [row["method"] for row in rows] == ["dvpo", "ppo"]
     assert json.loads((tmp_path / "bench.json").read_text())["results"] == rows
     for row in rows:
-        assert 0 < row["rollout_s"] + row["scoring_s"] + row["update_s"] <= row["step_s"]
+        assert 0 < row["rollout_s"] + row["scoring_s"] + row["update_s"]
+        assert row["read"] > 0 < row["trained"]
         assert 1 <= row["length"] <= 6 and row["peak_gb"] > 0
     assert "DVPO / PPO: step" in capsys.readouterr().out
-    shared, = bench.main([*flags, "--methods", "ppo_shared", "--lora_r", "2", "--static_cache"])
+    *before, shared = bench.main([*flags, "--methods", "gvm", "gvm_alone", "gvm_0", "rm", "ppo_shared",
+                                  "--batch_size", "16", "--gvm_micro_batch", "16", "--tau", "3", "2",
+                                  "--lora_r", "2", "--static_cache"])
     assert shared["update_s"] > 0
+    # Of 16 rows: 8 policies' tau of 3 + 2 words and an EOS, with each row, or not at all; the rows are 10
+    # words and an EOS. Padding comes on top
+    tokens = {row["method"]: row["trained"] for row in before}
+    assert tokens["gvm_0"] == tokens["rm"] == 16 * 11 and tokens["gvm_alone"] == 16 * 17
+    assert tokens["gvm_0"] < tokens["gvm"] < tokens["gvm_alone"]
+    assert all(row["read"] == 0 < row["step_s"] for row in before)
+    capsys.readouterr()
+    stages = bench.main([*flags, "--pipeline", "--gvm_rows", "320", "--rm_pairs", "160", "--rollouts", "40"])
+    text = capsys.readouterr().out
+    assert [row["method"] for row in stages] == ["gvm", "dvpo", "rm", "ppo"]
+    seconds = [10 * row["step_s"] for row in stages]
+    assert f"| GVM | 320 | 10 | {10 * stages[0]['read'] / 1e6:.1f} |" in text
+    assert f" | {seconds[0] + seconds[1]:.1f} | " in text.split("all of DVPO")[1]
+    assert "DVPO / PPO, all stages: " in text
     with pytest.raises(SystemExit, match="needs --lora_r"):
         bench.main([*flags, "--methods", "ppo_shared"])
     with pytest.raises(SystemExit, match="exceed the context"):

@@ -188,6 +188,7 @@ def test_a_warning_where_most_answers_are_cut(words, capsys):
 def test_without_policies_the_sft_model_answers(words, chain, tmp_path):
     """runs/<model name>/sft where there is one, else the model itself."""
     del words["policies"]
+    words["allow_dropped"] = True  # one of eight answers is empty
     rows = run_label(words, prompts=4)
     assert {name.partition("@")[0] for row in rows for name in row["models"]} == {"sft"}  # the folder's name
     shutil.copytree(chain.dvpo, tmp_path / "runs/mine/sft")

@@ -3,6 +3,7 @@ normalized advantage (Eq. 2), the clipped surrogate (Eq. 3), GAE, the KL control
 averages and the learning rates."""
 
 import json
+from collections import Counter
 import math
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import torch
 
 import sft
 import train_gvm
-from common import batch_normalize, epoch_rows, keyed_rng, td_loss, td_targets
+from common import batch_normalize, epoch_rows, keyed_rng, row_seed, td_loss, td_targets
 from conftest import metrics
 from train_dvpo import advantages, gae, next_kl_coef, policy_loss
 
@@ -312,17 +313,48 @@ def test_epochs_visit_every_row_once_and_any_step_can_be_asked_for():
 
 def test_the_answers_of_a_pair_share_a_batch():
     """Preference data: rows 2 i and 2 i + 1 always together, every row once an epoch; else row by row."""
-    pairs = SimpleNamespace(reward="preference", batch_size=4, seed=3)
-    batches = [train_gvm.rows_of_step(12, step, pairs) for step in range(6)]
+    pairs = SimpleNamespace(reward="preference", batch_size=4, seed=3, k=0)
+    batches = [train_gvm.rows_of_step([None] * 12, step, pairs) for step in range(6)]
     assert all(row ^ 1 in batch for batch in batches for row in batch)
     assert sorted(sum(batches[:3], [])) == sorted(sum(batches[3:], [])) == list(range(12))
     assert batches[:3] != batches[3:]
-    alone = SimpleNamespace(reward="score", batch_size=4, seed=3)
-    assert [train_gvm.rows_of_step(12, step, alone) for step in range(2)] == [
+    alone = SimpleNamespace(reward="score", batch_size=4, seed=3, k=0)
+    assert [train_gvm.rows_of_step([None] * 12, step, alone) for step in range(2)] == [
         epoch_rows(12, 4 * step, 4, 3) for step in range(2)]
 
 
+@pytest.mark.parametrize("reward", ["score", "preference"])
+def test_a_batch_holds_about_so_many_policies(reward):
+    """Of 20 policies 4 in a batch of 16 rows, where single rows would be of 11; at the borders between
+    policies some more. Each row once an epoch, pairs together. Few policies: as many rows of each, but pairs
+    as they come."""
+    names = [f"p{i // 16 if reward == 'score' else i // 32 * 2 + i % 2}" for i in range(320)]
+    args = SimpleNamespace(reward=reward, batch_size=16, seed=3, k=2, batch_policies=4)
+    batches = [train_gvm.rows_of_step(names, step, args) for step in range(40)]
+    assert sorted(sum(batches[:20], [])) == sorted(sum(batches[20:], [])) == list(range(320))
+    assert np.mean([len({names[i] for i in batch}) for batch in batches]) < 4.2
+    assert len({tuple(batch) for batch in batches}) == 40
+    if reward == "preference":
+        assert all(row ^ 1 in batch for batch in batches for row in batch)
+    few = [f"p{i % 4}" for i in range(320)]
+    batches = [train_gvm.rows_of_step(few, step, args) for step in range(20)]
+    assert sorted(sum(batches, [])) == list(range(320))
+    if reward == "score":
+        assert all(Counter(few[i] for i in batch) == dict.fromkeys(set(few), 4) for batch in batches)
+    else:
+        plain = SimpleNamespace(**{**vars(args), "k": 0})
+        assert batches[3] == train_gvm.rows_of_step(few, 3, plain)
+
+
 def test_draws_depend_on_their_key_alone():
-    """(seed, step) names a draw: no state, so ranks and restarts agree."""
-    assert (keyed_rng(1, 2).integers(2**60) == keyed_rng(1, 2).integers(2**60)
-            != keyed_rng(1, 3).integers(2**60))
+    """(name, seed, step) names a draw: no state, so ranks and restarts agree."""
+    assert (keyed_rng("a", 1, 2).integers(2**60) == keyed_rng("a", 1, np.int64(2)).integers(2**60)
+            != keyed_rng("a", 1, 3).integers(2**60))
+
+
+def test_no_two_streams_are_one():
+    """Keys of unequal length, zeros behind a key, large numbers, another purpose: each its own stream."""
+    keys = [("a", 1, 7), ("a", 1, 7, 0), ("a", 1, 7, 0, 0), ("b", 1, 7), ("a", 17), ("a", 1, "7"),
+            ("a", 1, 7 + 2**32), ("a", 1, -7), ("a", "1", 7)]
+    assert len({keyed_rng(*key).integers(2**62) for key in keys}) == len(keys)
+    assert row_seed(1, 7) != int(keyed_rng("a", 1, 7, 1, 0).integers(2**62))

@@ -50,10 +50,10 @@ def main(args):
         rows = roll_out(picks, range(step * B, step * B + B))
         groups = {train[i]["group"] for i in picks}
         if step == 0:
-            extra = sorted(keyed_rng(args.seed, 0).permutation(len(train))[:4 * k + B],
+            extra = sorted(keyed_rng("first tau", args.seed).permutation(len(train))[:4 * k + B],
                            key=lambda i: train[i]["group"] in groups)[:k]
             previous = roll_out(extra, range(-1, -1 - k, -1))
-        tau = fit_tau(draw_tau(previous, groups, k, keyed_rng(args.seed, step)), rows, settings, run)
+        tau = fit_tau(draw_tau(previous, groups, k, keyed_rng("tau", args.seed, step)), rows, settings, run)
         batch, _, logp, ref_logp, values = scored = score(models, rows, tau, run)
         kl = (logp - ref_logp) * batch.mask
         penalty = beta * kl  # and nothing else: on the toy a missing EOS costs nothing
