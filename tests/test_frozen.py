@@ -264,7 +264,7 @@ def test_a_lora_policy_is_saved_merged(stage, name, chain, flags, tmp_path, monk
     module = saved[0][0][0].module
     assert not (tmp_path / "adapter_config.json").exists()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.allclose(outputs(loaded), outputs(module), atol=2e-4)
+    assert torch.allclose(outputs(loaded), outputs(module), atol=3e-5)
     if stage is train_dvpo:
         before = outputs(partial(module, role="reference"))
     else:
