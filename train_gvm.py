@@ -240,7 +240,7 @@ def batch_of_step(train, tau_source, step, k, run):
         tau = tau_source.draw(policy, {row["group"] for row in rows},
                               keyed_rng("tau", args.seed, step, policy), k)
         packs.append([(*ids, row["reward"]) for ids, row in zip(tau_source.behind(tau, rows), rows)])
-    alone = k == 0 or not tau_source.shared
+    alone = k == 0 or not tau_source.shared  # every row is a pack of its own
     packs = [[row] for pack in packs for row in pack] if alone else packs
     batch = sum(sorted(packs, key=lambda pack: sum(len(row[0]) + len(row[1]) for row in pack)), [])
     if alone:

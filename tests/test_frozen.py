@@ -261,10 +261,10 @@ def test_a_lora_policy_is_saved_merged(stage, name, chain, flags, tmp_path, monk
     folders = {"sft_model": chain.sft, "value_model": chain.gvm} if stage is train_dvpo else {}
     run_stage(stage, **{**getattr(flags, name), "lr": 1e-2, "max_steps": 2}, **folders, lora_r=4,
               output_dir=tmp_path)
-    module = saved[0][0][0].module
+    module = saved[0][0][0].module.double()  # in float32 the order of the sums would be seen
     assert not (tmp_path / "adapter_config.json").exists()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.allclose(outputs(loaded), outputs(module), atol=3e-5)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).double()
+    assert torch.allclose(outputs(loaded), outputs(module), atol=1e-5)
     if stage is train_dvpo:
         before = outputs(partial(module, role="reference"))
     else:
@@ -272,5 +272,5 @@ def test_a_lora_policy_is_saved_merged(stage, name, chain, flags, tmp_path, monk
             before = outputs(module)
     assert not torch.allclose(outputs(loaded), before, atol=1e-3)
     start = chain.sft if stage is train_dvpo else flags.sft["model"]
-    assert torch.allclose(before, outputs(load_policy(start, load_tokenizer(start), torch.float32)),
+    assert torch.allclose(before, outputs(load_policy(start, load_tokenizer(start), torch.float64)),
                           atol=1e-6)

@@ -3,8 +3,8 @@ normalized advantage (Eq. 2), the clipped surrogate (Eq. 3), GAE, the KL control
 averages and the learning rates."""
 
 import json
-from collections import Counter
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
