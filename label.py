@@ -1,10 +1,15 @@
-"""Answers of several policies, scored by a reward model: the data of the paper's Instruction setting, which
-starts from an instruction-tuned model and has nobody's preferences.
+"""Answers of several policies, scored by a reward model or by a rule: the data of the paper's Instruction
+setting, which starts from an instruction-tuned model and has nobody's preferences.
 
 Each policy answers at each temperature, and that is a policy of its own: its name stands on each answer, as
 `sft@0.7`, so that tau shows real samples of real policies. An existing reward model scores all answers; its
 scores are mapped linearly, the lowest 1 % to 1 and the highest 1 % to 10, which `train_gvm.py --reward score`
-takes as -1 and +1. train_gvm.py, train_dvpo.py and the baselines then read the file by --data, as any other.
+takes as -1 and +1. Or a function does (--reward_fn), whose numbers are kept as they are. train_gvm.py,
+train_dvpo.py and the baselines then read the file by --data, as any other.
+
+A file of policies, `--policies policies.json`, can give each a system prompt, which is not in the data: what
+tau shows of a policy is what it wrote. Its rows: {"name": "gloomy", "model": a folder or an id, and, where
+wanted, "system": "You expect the worst.", "temperature": 1.0}; without the last at each of --temperatures.
 
 An answer that --response_length cut has `"truncated": true`; our reward models score it as if it ended there.
 An interrupted run goes on with the same command: what is sampled and scored is kept beside --out. The noise
@@ -14,16 +19,17 @@ of an answer depends on its prompt and policy alone: but for rounding the number
     deepspeed label.py --model mistralai/Mistral-7B-Instruct-v0.2 --reward_model <a sequence classifier>
 
 reads   prompts of --data (in any of its shapes, or rows of `instruction` or `prompt` alone; its answers are
-        not looked at), policies, a reward model: any causal one-label sequence classifier
+        not looked at), policies, a reward model: any causal one-label sequence classifier, or a function
 writes  runs/<model name>/labels.jsonl in the schema of openbmb/UltraFeedback, and labels.jsonl.settings
 """
 
 import functools
 import gc
 import hashlib
+import inspect
 import json
-import re
-from collections import Counter, defaultdict
+import sys
+from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -31,34 +37,36 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm  # comes with transformers
 
 from common import (chat_ids, generate, keyed_rng, load_policy, load_reward_model, load_reward_tokenizer,
                     load_tokenizer, reward_scores, row_seed)
-from plumbing.args import parse_args
+from plumbing.args import load_numbers, parse_args
 from plumbing.checks import check_model, fingerprint
 from plumbing.data import prompt_text, read_data, report_drops, split_of
 from plumbing.errors import BadInput
-from plumbing.files import write_whole
-from plumbing.folders import stage_folder, take_lock
-from plumbing.kept import appended, kept_lines, settings_that_differ
-from plumbing.ranks import all_sum, init_distributed, print0
+from plumbing.files import read_rows, write_whole
+from plumbing.folders import take_lock
+from plumbing.inputs import reward_inputs, room
+from plumbing.kept import settings_that_differ
+from plumbing.ranks import init_distributed, print0
 from plumbing.rows import reward_chat, reward_fits
 from plumbing.texts import answer_text, ended, readable
+from plumbing.work import Kept, remove_kept
 from evaluate import split_words
 
 SHARES = ("sft", "value", "rl", "test")
-SCORING = {"reward_model", "answers"}  # settings that change no sampled answer
+SCORING = {"reward", "answers"}  # settings that change no sampled answer
 
 
 @dataclass
 class Args:
     model: str = "toy"  # Hugging Face id or folder; names the run folder
-    policies: list[str] = field(default_factory=list)  # name=folder; default the SFT model, else --model
+    policies: list[str] = field(default_factory=list)  # name=folder or FILE.json; default the SFT model
     temperatures: list[float] = field(default_factory=lambda: [0.7, 1.0, 1.3])  # of the sampler, 0 is greedy
     per_prompt: int = 4  # how many of them answer each prompt, drawn for it; 0: all
     answers: list[str] = field(default_factory=list)  # files like --data; name=file names their policy
     reward_model: str = ""  # one-label sequence classifier, default runs/<model name>/rm
+    reward_fn: str = ""  # module:function that gives the score in its place: (rows, None, None) -> numbers
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file; prompts only
     split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
     shares: list[str] = field(default_factory=lambda: ["value", "rl", "test"])  # whose prompts to take
@@ -73,10 +81,57 @@ class Args:
     local_rank: int = -1  # set by the deepspeed launcher
 
 
-# ---- prompts and jobs --------------------------------------------------------------------------------------
+# ---- policies, prompts and jobs ----------------------------------------------------------------------------
 
-def prompts_of(records, tokenizers, args):
-    """{text of the prompt: its record}, of the shares that are asked for, each prompt once."""
+Policy = namedtuple("Policy", "folder system temperature")
+
+
+def policies_of(args):
+    """{name: Policy} of --policies. One without a temperature of its own is one at each of --temperatures."""
+    found = []
+    for word in args.policies or default_policies(args):
+        if word.endswith(".json"):
+            found += [entry_of(*row) for row in read_rows(word)]
+        else:
+            found += [(name, Policy(folder, "", None)) for name, folder in split_words("--policies", [word])]
+    crossed = [(name if policy.temperature is not None else f"{name}@{t:g}", policy._replace(temperature=t))
+               for name, policy in found
+               for t in ([policy.temperature] if policy.temperature is not None else args.temperatures)]
+    if len(dict(crossed)) < len(crossed):
+        raise BadInput("--policies: two of them have one name; give each its own.")
+    return dict(crossed)
+
+
+def entry_of(where, row):
+    """(name, Policy) of a row of a file of policies."""
+    name, folder, system, t = (row.get(key) for key in ("name", "model", "system", "temperature"))
+    number = isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t < float("inf")
+    if not (isinstance(name, str) and name and isinstance(folder, str) and folder
+            and isinstance(system, str | None) and (t is None or number)
+            and row.keys() <= {"name", "model", "system", "temperature"}):
+        raise BadInput(f'{where}: expected {{"name": "..", "model": "..", "system": "..", "temperature": '
+                       f"1.0}}, the last two where wanted.")
+    return name, Policy(folder, system or "", t)
+
+
+def turns_for(prompt, system):
+    """What a policy reads: the prompt's turns behind its own system prompt."""
+    return [{"role": "system", "content": system}, *prompt] if system else prompt
+
+
+def check_system(policies, tokenizers):
+    """A template that leaves system turns out would make several policies one."""
+    for name, policy in policies.items():
+        asked = [{"role": "user", "content": "a"}]
+        if policy.system and (readable(chat_ids, tokenizers[policy.folder], turns_for(asked, policy.system))
+                              in (None, chat_ids(tokenizers[policy.folder], asked))):
+            raise BadInput(f"--policies: {name} has a system prompt, which the chat template of "
+                           f"{policy.folder} leaves out; take another model or no system prompt.")
+
+
+def prompts_of(records, readers, args):
+    """{text of the prompt: its record}, of the shares that are asked for, each prompt once.
+    readers: (tokenizer, system prompt) of all who read it"""
     found, seen, dropped = {}, set(), Counter()
     for record in records:
         text, turns = prompt_text(record["prompt"]), record["prompt"]
@@ -85,7 +140,7 @@ def prompts_of(records, tokenizers, args):
         seen.add(text)
         if len(turns) > 1:
             dropped["prompt of several turns or with a system turn; UltraFeedback's schema has one turn"] += 1
-        elif None in (ids := [readable(chat_ids, t, turns) for t in tokenizers]):
+        elif None in (ids := [readable(chat_ids, t, turns_for(turns, system)) for t, system in readers]):
             dropped["prompt that a chat template fails on, or with a control token spelt out"] += 1
         elif max(map(len, ids)) > args.max_prompt_length:
             dropped[f"prompt over --max_prompt_length {args.max_prompt_length}"] += 1
@@ -101,13 +156,12 @@ def prompts_of(records, tokenizers, args):
 
 
 def sampling_jobs(prompts, policies, args):
-    """{name@temperature: (folder, temperature, texts of the prompts that it answers)}"""
-    jobs = {f"{name}@{t:g}": (folder, t, []) for name, folder in policies for t in args.temperatures}
-    names = list(jobs)
+    """{name of a policy: texts of the prompts that it answers}"""
+    names, jobs = list(policies), {name: [] for name in policies}
     for text in prompts:
         draw = keyed_rng("policies", args.seed, text).permutation(len(names))
         for i in sorted(draw[:args.per_prompt or len(names)]):
-            jobs[names[i]][2].append(text)
+            jobs[names[i]].append(text)
     return jobs
 
 
@@ -133,52 +187,7 @@ def given_answers(prompts, args):
     return found
 
 
-# ---- work that is kept -------------------------------------------------------------------------------------
-
-class Kept:
-    """Rows {"key": ..., ...} that all ranks append to files of their own beside --out, and read together. The
-    files' names have a digest of what made the rows, so that none of other settings is ever taken."""
-
-    def __init__(self, out, digest, kind):
-        self.folder, self.name = out.parent, f"{out.name}.{digest}.{kind}.rank"
-        self.path = self.folder / f"{self.name}{dist.get_rank()}.jsonl"
-        self.rows, self.size = {}, 0
-        self.read()
-
-    def files(self):
-        return sorted(path for path in self.folder.iterdir() if path.name.startswith(self.name))
-
-    def read(self):
-        """Every rank gets what all of them have written."""
-        dist.barrier()
-        for path in self.files():
-            rows, size = kept_lines(path, "key")
-            self.rows.update((row["key"], row) for row in rows)
-            self.size = size if path == self.path else self.size
-        dist.barrier()  # nobody writes before all have read
-
-    def work(self, todo, batch, do, title, device):
-        """do(part) -> rows, for the parts of todo, dealt to the ranks `batch` at a time; the rows are kept.
-        The ranks stay together, so that none of them waits for longer than a batch takes. What the others
-        have written is in `rows` after the next read()."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        with appended(self.path, self.size) as f, tqdm(total=len(todo), desc=title,
-                                                       disable=None if rank == 0 else True) as bar:
-            for i in range(0, len(todo), batch * world):
-                part = todo[i:i + batch * world][rank::world]
-                for row in do(part) if part else ():
-                    f.write(json.dumps(row, ensure_ascii=False) + "\n")
-                f.flush()
-                bar.update(int(all_sum(len(part), device=device)[0]))
-        self.size = None  # the file ends with a whole line from here on
-
-
-def remove_kept(out):
-    """Called by every rank when the file is whole."""
-    for path in list(out.parent.iterdir()) if dist.get_rank() == 0 else ():
-        if re.fullmatch(re.escape(out.name) + r"\.\w+\.(answers|scores)\.rank\d+\.jsonl", path.name):
-            path.unlink()
-
+# ---- settings ----------------------------------------------------------------------------------------------
 
 def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
@@ -186,6 +195,14 @@ def digest(value):
 
 def answer_key(text, policy):
     return digest([text, policy])
+
+
+def source_of(function):
+    """The file that `module:function` is in: a changed rule is another one."""
+    try:
+        return inspect.getsource(sys.modules[function.partition(":")[0]])
+    except (KeyError, OSError, TypeError):
+        return ""
 
 
 def check_settings(out, settings):
@@ -211,20 +228,21 @@ def check_settings(out, settings):
 
 # ---- sampling and scoring ----------------------------------------------------------------------------------
 
-def sample(folder, jobs, prompts, kept, args, device):
-    """Append a policy's answers to `kept`. jobs: those of sampling_jobs whose folder is this one"""
-    todo = {name: [text for text in texts if answer_key(text, name) not in kept.rows]
-            for name, (_, _, texts) in jobs.items()}
+def sample(folder, policies, jobs, prompts, kept, args, device):
+    """Append the answers of the policies that are this folder's to `kept`."""
+    todo = {name: [text for text in jobs[name] if answer_key(text, name) not in kept.rows]
+            for name, policy in policies.items() if policy.folder == folder}
     if not any(todo.values()):
         return
     tokenizer = load_tokenizer(folder, "--policies")
     policy = load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policies").to(device).eval()
 
     def answer(part, name):
-        ids = [chat_ids(tokenizer, prompts[text]["prompt"]) for text in part]
+        ids = [chat_ids(tokenizer, turns_for(prompts[text]["prompt"], policies[name].system))
+               for text in part]
         seeds = [row_seed(args.seed, text, name) for text in part]
-        found = generate(policy, ids, seeds, args.response_length, jobs[name][1], tokenizer, device,
-                         batch=args.micro_batch)
+        found = generate(policy, ids, seeds, args.response_length, policies[name].temperature, tokenizer,
+                         device, batch=args.micro_batch)
         return [{"key": answer_key(text, name), "text": answer_text(tokenizer, y).strip(),
                  "truncated": not ended(tokenizer, y)} for text, y in zip(part, found)]
     for name, texts in todo.items():
@@ -239,11 +257,19 @@ def let_go():
 
 
 def score(answers, prompts, kept, args, reward_model, device):
-    """Append the reward model's score of each answer to `kept`; answers: {key: (text of the prompt, policy,
-    answer, truncated)}. Ours reads them as complete answers, EOS behind them, as every stage will."""
+    """Append the score of each answer to `kept`; answers: {key: (text of the prompt, policy, answer,
+    truncated)}. Our reward models read them as complete answers, EOS behind them, as every stage will."""
     todo = [key for key in answers if key not in kept.rows]
     if not todo:
         return
+    if reward_model is None:
+        plug = load_numbers(args.reward_fn, "--reward_fn")
+
+        def by_function(part):
+            rows = [{"prompt": prompts[text]["prompt"], "group": prompts[text]["group"], "response": answer,
+                     "truncated": cut} for text, _, answer, cut in map(answers.get, part)]
+            return [{"key": key, "score": x} for key, x in zip(part, plug(rows, None, None))]
+        return kept.work(todo, args.micro_batch, by_function, "scores", device)
     model, tokenizer, *_ = load_reward_model(reward_model, getattr(torch, args.dtype))
     model = model.to(device)
 
@@ -261,7 +287,7 @@ def score(answers, prompts, kept, args, reward_model, device):
 
 def answers_to_score(found, prompts, tokenizer, args):
     """{key: (text of the prompt, policy, answer, truncated)} of what can be scored; the rest is counted.
-    truncated: None where it is not known;  tokenizer: the reward model's"""
+    truncated: None where it is not known;  tokenizer: the reward model's, if there is one"""
     answers, dropped, twice = {}, Counter(), 0
     for text, policy, answer, truncated in found:
         key = digest([text, policy, answer])  # a file may have several answers of one policy
@@ -269,7 +295,7 @@ def answers_to_score(found, prompts, tokenizer, args):
             dropped["empty"] += 1
         elif key in answers:
             twice += 1
-        elif not reward_fits(tokenizer, prompts[text]["prompt"], answer):
+        elif tokenizer and not reward_fits(tokenizer, prompts[text]["prompt"], answer):
             dropped[f"longer than the {tokenizer.context} tokens of the reward model's context"] += 1
         else:
             answers[key] = text, policy, answer, truncated
@@ -278,18 +304,22 @@ def answers_to_score(found, prompts, tokenizer, args):
     return answers
 
 
-def labelled_rows(prompts, answers, scores):
-    """Rows in the schema of openbmb/UltraFeedback. The lowest 1 % of all scores become 1, the highest 1 % 10:
-    between them the map is linear, and one absurd answer does not press the others together."""
-    low, high = np.quantile(list(scores.values()), [0.01, 0.99])
+def labelled_rows(prompts, answers, scores, args):
+    """Rows in the schema of openbmb/UltraFeedback. Of a reward model's scores the lowest 1 % become 1, the
+    highest 1 % 10: between them the map is linear, and one absurd answer does not press the others together.
+    A function's are kept: what they mean is known."""
+    low, high = np.quantile(list(scores.values()), [0, 1] if args.reward_fn else [0.01, 0.99])
     if low == high:
-        raise BadInput(f"98 % of the {len(scores)} scores of --reward_model are {low:g}: it tells nothing "
-                       f"apart; take another.")
+        raise BadInput(f"all {len(scores)} numbers of --reward_fn {args.reward_fn} are {low:g}: it tells "
+                       f"nothing apart; take another." if args.reward_fn else
+                       f"98 % of the {len(scores)} scores of --reward_model are {low:g}: it tells "
+                       f"nothing apart; take another.")
     completions = defaultdict(list)
     for key, (text, policy, answer, truncated) in answers.items():
         mapped = 1 + 9 * min(1.0, max(0.0, float((scores[key] - low) / (high - low))))
-        completions[text].append({"model": policy, "response": answer, "overall_score": round(mapped, 6),
-                                  "reward_model_score": scores[key],
+        score = ({"overall_score": scores[key]} if args.reward_fn else
+                 {"overall_score": round(mapped, 6), "reward_model_score": scores[key]})
+        completions[text].append({"model": policy, "response": answer, **score,
                                   **({} if truncated is None else {"truncated": truncated})})
     rows = []
     for text, record in prompts.items():
@@ -323,28 +353,28 @@ def default_policies(args):
 def main(args):
     _, world, device = init_distributed()
     check_args(args)
-    policies = split_words("--policies", args.policies or default_policies(args))
-    if len(dict(policies)) < len(policies):
-        raise BadInput("--policies: two of them have one name; give each its own.")
-    reward_model = stage_folder(args.model, "rm", args.reward_model, "--reward_model",
-                                f"train_rm.py --model {args.model}")
-    tokens = args.max_prompt_length + args.response_length
-    asked = f"--max_prompt_length {args.max_prompt_length} + --response_length {args.response_length}"
-    tokenizers = [load_tokenizer(folder, "--policies") for _, folder in policies]
-    for (_, folder), tokenizer in zip(policies, tokenizers):
-        check_model(folder, tokenizer, "--policies", tokens, asked)
-    rm_tokenizer = load_reward_tokenizer(reward_model, "--reward_model", tokens, asked)
+    policies = policies_of(args)
+    reward_model = reward_inputs(args)
+    tokenizers = {policy.folder: load_tokenizer(policy.folder, "--policies") for policy in policies.values()}
+    for folder, tokenizer in tokenizers.items():
+        check_model(folder, tokenizer, "--policies", *room(args))
+    check_system(policies, tokenizers)
+    rm_tokenizer = load_reward_tokenizer(reward_model) if reward_model else None
+    readers = {(policy.folder, policy.system): tokenizers[policy.folder] for policy in policies.values()}
     out = Path(args.out or Path("runs") / Path(args.model).name / "labels.jsonl")
     if out.is_dir() or not out.name:
         raise BadInput(f"--out {out} is a folder: name a file in it.")
     take_lock(out.with_name(f".{out.name}.lock"), f"--out {out}")
 
     records = read_data(args.data, args.allow_dropped, log=print0, needs="prompts")
-    prompts = prompts_of(records, [*tokenizers, rm_tokenizer], args)
+    prompts = prompts_of(records, [*((tokenizer, system) for (_, system), tokenizer in readers.items()),
+                                   *([(rm_tokenizer, "")] if reward_model else [])], args)
     jobs, given = sampling_jobs(prompts, policies, args), given_answers(prompts, args)
-    settings = {"reward_model": f"{reward_model} {fingerprint(reward_model)}", "answers": given,
-                "policies": {name: f"{folder} {fingerprint(folder)}" for name, folder in policies},
-                "jobs": {name: job[2] for name, job in jobs.items()}, "prompts": list(prompts),
+    weights = {folder: fingerprint(folder) for folder in tokenizers}
+    settings = {"reward": (f"{reward_model} {fingerprint(reward_model)}" if reward_model else
+                           [args.reward_fn, source_of(args.reward_fn)]), "answers": given,
+                "policies": {name: [*policy, weights[policy.folder]] for name, policy in policies.items()},
+                "jobs": jobs, "prompts": list(prompts),
                 "response_length": args.response_length, "dtype": args.dtype, "seed": args.seed}
     digests = {name: digest(value) for name, value in settings.items()}
     if check_settings(out, digests):
@@ -353,19 +383,18 @@ def main(args):
         return
     texts = Kept(out, digest([x for name, x in digests.items() if name not in SCORING])[:8], "answers")
     scores = Kept(out, digest(digests)[:8], "scores")
-    print0(f"label: {len(prompts)} prompts, {sum(len(job[2]) for job in jobs.values())} answers to sample "
+    print0(f"label: {len(prompts)} prompts, {sum(map(len, jobs.values()))} answers to sample "
            f"on {world} ranks, {len(texts.rows)} of them there already; {len(given)} are given")
 
     # 1. sample: one policy after the other is in memory
-    for folder in dict.fromkeys(folder for _, folder in policies):
-        its_own = {name: job for name, job in jobs.items() if job[0] == folder}
-        sample(folder, its_own, prompts, texts, args, device)
+    for folder in tokenizers:
+        sample(folder, policies, jobs, prompts, texts, args, device)
         let_go()
     texts.read()
 
     # 2. score
     sampled = [(text, name, texts.rows[answer_key(text, name)])
-               for name, (_, _, its_prompts) in jobs.items() for text in its_prompts]
+               for name, its_prompts in jobs.items() for text in its_prompts]
     found = [(text, name, row["text"], row["truncated"]) for text, name, row in sampled]
     found += [(*answer, None) for answer in given]
     answers = answers_to_score(found, prompts, rm_tokenizer, args)
@@ -373,7 +402,8 @@ def main(args):
     scores.read()
 
     # 3. write
-    rows, low, high = labelled_rows(prompts, answers, {key: scores.rows[key]["score"] for key in answers})
+    found = {key: scores.rows[key]["score"] for key in answers}
+    rows, low, high = labelled_rows(prompts, answers, found, args)
     if dist.get_rank() == 0:
         write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         of_policy = defaultdict(list)
@@ -384,8 +414,9 @@ def main(args):
             text = f", {np.mean(cut):.0%} cut at --response_length" if cut else ""
             text += "; warning: that is most of them: raise it" * (sum(cut) > len(cut) / 2)
             print(f"  {policy}: {len(pairs)} answers, mean score {np.mean([x for x, _ in pairs]):.3f}{text}")
-        print(f"{out}: {len(rows)} rows, {len(answers)} answers; scores from {low:.3f} to {high:.3f} became "
-              f"1 to 10")
+        use = (f": train_gvm.py --reward score --score_min {low:g} --score_max {high:g}" if args.reward_fn
+               else " became 1 to 10")
+        print(f"{out}: {len(rows)} rows, {len(answers)} answers; scores from {low:.3f} to {high:.3f}{use}")
     dist.barrier()
     remove_kept(out)
 

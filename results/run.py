@@ -335,9 +335,9 @@ def compare(grid, seeds):
 
 
 REACHED = 0.43  # true reward on held-out prompts that a pipeline has to reach
-BEFORE = {"DVPO": ("train_gvm", (300, 450, 700), []),
+BEFORE = {"DVPO": ("train_gvm", (300, 375, 450, 700), []),
           "DVPO, GVM of pairs": ("train_gvm", (450, 700), ["--reward", "preference"]),
-          "PPO": ("train_rm", (150, 300, 450, 600), [])}
+          "PPO": ("train_rm", (300, 375, 450, 600), [])}
 
 
 def pipeline(grid, seeds):

@@ -84,7 +84,8 @@ def test_label_and_judge_stop_at_any_end(early_end, tmp_path):
     kept = SimpleNamespace(rows={})
     kept.work = lambda todo, n, do, *_: kept.rows.update((row["key"], row) for row in do(todo))
     args = SimpleNamespace(dtype="float32", response_length=24, micro_batch=2, seed=1)
-    label.sample(str(folder), {"p@0": (str(folder), 0, ["q"])}, {"q": {"prompt": QUESTION}}, kept, args, CPU)
+    policies = {"p@0": label.Policy(str(folder), "", 0)}
+    label.sample(str(folder), policies, {"p@0": ["q"]}, {"q": {"prompt": QUESTION}}, kept, args, CPU)
     row, = kept.rows.values()
     text = tokenizer.decode(wanted[:-1], skip_special_tokens=True).strip()
     assert row["text"] == text and not row["truncated"]

@@ -238,6 +238,124 @@ def test_what_cannot_be_labelled_is_counted(words, capsys):
         run_label(words, data="chats.jsonl", out="other.jsonl")
 
 
+# ---- a function in place of the reward model, and policies from a file ----
+
+RULE = """
+def letters(rows, policy, tokenizer):
+    assert policy is tokenizer is None and set(rows[0]) == {"prompt", "group", "response", "truncated"}
+    return [%s * len(row["response"]) - len(row["prompt"][-1]["content"]) for row in rows]
+"""
+
+
+def test_the_numbers_of_a_function_are_kept(words, chain, flags, tmp_path, monkeypatch, capsys):
+    """As they are, for all answers, and train_gvm.py reads them by the flags that are printed."""
+    (tmp_path / "rule_kept.py").write_text(RULE % 0.5)
+    del words["reward_model"]
+    rows = run_label(words, reward_fn="rule_kept:letters", response_length=10)
+    for row in rows:
+        for c in row["completions"]:
+            assert c["overall_score"] == 0.5 * len(c["response"]) - len(row["instruction"])
+            assert "reward_model_score" not in c
+    shown = re.search(r": train_gvm.py --reward score (--score_min (\S+) --score_max (\S+))\n",
+                      capsys.readouterr().out)
+    scores = [c["overall_score"] for row in rows for c in row["completions"]]
+    assert (float(shown[2]), float(shown[3])) == (min(scores), max(scores))
+    run_stage(train_gvm, **{**flags.gvm, "data": "labels.jsonl", "sft_model": chain.sft, "reward": "score",
+                            "score_min": shown[2], "score_max": shown[3], "allow_dropped": True},
+              output_dir=tmp_path / "gvm")
+    assert json.loads((tmp_path / "gvm/gvm.json").read_text())["reward"]["kind"] == "score"
+
+
+def test_a_changed_function_scores_anew(words, tmp_path, monkeypatch):
+    """Cut while it scored: what the first one said is not taken. A finished file is not replaced."""
+    rule = tmp_path / "rule_changed.py"
+    rule.write_text(RULE % 1)
+    del words["reward_model"]
+    words["reward_fn"] = "rule_changed:letters"
+    with monkeypatch.context() as patch:
+        straight, seen = label.load_numbers, []
+
+        def dying(*flags):
+            plug = straight(*flags)
+            return lambda *rows: seen.append(1) or (plug(*rows) if len(seen) < 3 else int("power cut"))
+        patch.setattr(label, "load_numbers", dying)
+        with pytest.raises(ValueError, match="power cut"):
+            run_label(words)
+    rule.write_text(RULE % 2 + "# another one\n")
+    monkeypatch.delitem(sys.modules, "rule_changed")
+    rows = run_label(words)
+    assert all(c["overall_score"] == 2 * len(c["response"]) - len(row["instruction"])
+               for row in rows for c in row["completions"])
+    rule.write_text(RULE % 3 + "# and a third\n")
+    monkeypatch.delitem(sys.modules, "rule_changed")
+    with pytest.raises(BadInput, match=r"begun with other settings \(reward\)"):
+        run_label(words)
+
+
+def test_a_function_that_says_nothing_is_refused(words, tmp_path):
+    (tmp_path / "rule_flat.py").write_text("def flat(rows, policy, tokenizer):\n    return [1] * len(rows)\n"
+                                           "def few(rows, policy, tokenizer):\n    return [1]\n")
+    with pytest.raises(BadInput, match="--reward_fn and --reward_model both"):
+        run_label(words, reward_fn="rule_flat:flat")
+    del words["reward_model"]
+    with pytest.raises(BadInput, match="all .* numbers of --reward_fn rule_flat:flat are 1"):
+        run_label(words, reward_fn="rule_flat:flat")
+    with pytest.raises(BadInput, match="rule_flat:few: returned 1 rewards for 8 rows"):
+        run_label(words, reward_fn="rule_flat:few", out="other.jsonl")
+    with pytest.raises(BadInput, match="rule_flat:none: .*expected module:function"):
+        run_label(words, reward_fn="rule_flat:none", out="third.jsonl")
+
+
+def test_policies_from_a_file_have_system_prompts_of_their_own(words, chain):
+    """Each answers behind its own, which nothing that reads the data is told."""
+    write_jsonl(Path("policies.json"), [])
+    Path("policies.json").write_text(json.dumps([
+        {"name": "plain", "model": str(chain.sft), "temperature": 0},
+        {"name": "odd", "model": str(chain.sft), "system": "is it red ?", "temperature": 0},
+        {"name": "warm", "model": str(chain.sft), "system": "no ."}]))
+    words.update(policies=["policies.json", f"dvpo={chain.dvpo}"], per_prompt=0, temperatures=[1],
+                 allow_dropped=True)
+    rows, tokenizer, differ = run_label(words), load_tokenizer(chain.sft), 0
+    assert {name for row in rows for name in row["models"]} == {"plain", "odd", "warm@1", "dvpo@1"}
+    assert all(set(row) <= {"source", "instruction", "models", "completions", "group"} for row in rows)
+    model = AutoModelForCausalLM.from_pretrained(chain.sft).eval()
+    for row in rows[:12]:
+        texts = {c["model"]: c["response"] for c in row["completions"]}
+        for name, system in (("plain", []), ("odd", [{"role": "system", "content": "is it red ?"}])):
+            ids = chat_ids(tokenizer, [*system, {"role": "user", "content": row["instruction"]}])
+            answer = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=6, eos_token_id=1,
+                                    pad_token_id=1)[0, len(ids):]
+            assert tokenizer.decode(answer, skip_special_tokens=True).strip() == texts.get(name, "")
+        differ += texts.get("plain") != texts.get("odd")
+    assert differ > 0
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"name": "a"}, r"policies.json\[0\]: expected"), ({"name": "a", "model": "m", "sytem": "x"}, "expected"),
+    ({"name": "a", "model": "m", "temperature": -1}, "expected"),
+    ({"name": "a", "model": "m", "system": 1}, "expected"),
+    ({"name": "b", "model": "m", "temperature": True}, "expected")])
+def test_bad_files_of_policies(words, row, said):
+    Path("policies.json").write_text(json.dumps([row]))
+    with pytest.raises(BadInput, match=said):
+        run_label(words, policies=["policies.json"])
+
+
+def test_two_policies_of_one_name_or_a_template_without_system_turns(words, chain, tmp_path):
+    entry = {"name": "a", "model": str(chain.sft), "temperature": 0}
+    Path("policies.json").write_text(json.dumps([entry, entry]))
+    with pytest.raises(BadInput, match="two of them have one name"):
+        run_label(words, policies=["policies.json"])
+    shutil.copytree(chain.sft, tmp_path / "deaf")
+    tokenizer = load_tokenizer(chain.sft)
+    tokenizer.chat_template = ("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }} "
+                               "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}")
+    tokenizer.save_pretrained(tmp_path / "deaf")
+    Path("policies.json").write_text(json.dumps([{**entry, "model": str(tmp_path / "deaf"), "system": "x"}]))
+    with pytest.raises(BadInput, match="a has a system prompt, which the chat template .* leaves out"):
+        run_label(words, policies=["policies.json"])
+
+
 # ---- the stages read it ----
 
 def test_gvm_dvpo_and_dpo_run_on_the_file_unchanged(words, chain, flags, tmp_path):
@@ -345,7 +463,7 @@ def test_a_reward_model_trained_again_is_noticed(words, baseline, tmp_path):
     run_label(words, reward_model=tmp_path / "rm")
     path = tmp_path / "rm/rm.json"
     path.write_text(path.read_text().replace('"scale"', '"scale" '))
-    with pytest.raises(BadInput, match="begun with other settings .reward_model"):
+    with pytest.raises(BadInput, match="begun with other settings .reward."):
         run_label(words, reward_model=tmp_path / "rm")
 
 

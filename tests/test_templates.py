@@ -202,7 +202,7 @@ def test_a_question_that_the_template_fails_on(tmp_path, capsys, monkeypatch):
     records = label.read_data(data, needs="prompts")
     args = SimpleNamespace(shares=label.SHARES, split_seed=0, max_prompt_length=64, allow_dropped=True,
                            seed=1, prompts=99, data=data)
-    found = label.prompts_of(records, [load_tokenizer(folder)], args)
+    found = label.prompts_of(records, [(load_tokenizer(folder), "")], args)
     assert len(found) == 30 and not any("zebra" in text for text in found)
     local = SimpleNamespace(judge_model=str(folder), dtype="float32", judge_tokens=2, micro_batch=2)
     todo = {text: [{"content": "judge"}, {"content": text}] for text in asked}
