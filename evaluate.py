@@ -8,6 +8,7 @@ gvm     How often the value model ranks the better answer of a held-out pair hig
         tau with the longer answers (tau only). 95 % intervals: bootstrap over groups of dependent pairs: of
         one prompt, or of one `group` of the data. With --reference_fn: how far the values are from the
         exact ones and from the Bayes estimate, before the token that decides the answer and from it on.
+        With --continuations: how far they are from the values that continuations.py sampled.
 values  The value of every token of two or more answers to one question (Figure 4), as text or as a web page.
 policy  Policies on held-out prompts, one sampled answer each: scores, win / tie / lose against the first
         policy, KL from the first policy [nats per response], length [tokens], share of truncated answers.
@@ -71,7 +72,8 @@ class Args:
     pairs: int = 1000  # gvm: at most this many held-out pairs; calibration takes twice as many responses
     reference_fn: str = ""  # gvm: module:function of exact and Bayes values, e.g. toy.reference:values
     reference_rows: int = 480  # gvm: compare at most this many responses with --reference_fn
-    unseen_data: str = ""  # gvm: data of policies that the GVM was not trained on, for --reference_fn
+    continuations: list[str] = field(default_factory=list)  # gvm: files of continuations.py to compare with
+    unseen_data: str = ""  # gvm: data of policies that the GVM was not trained on, for these two
     question: str = ""  # values: default a held-out one, with its better and its worse response
     responses: list[str] = field(default_factory=list)  # values: the answers to --question, each in quotes
     tau_policy: str = ""  # values: policy in --data that tau is drawn from, default the most frequent one
@@ -300,10 +302,70 @@ def compare_with_reference(gvm, rows, pool, reference, args):
     return result
 
 
+def sampled_values(files, gvm):
+    """{(text of the prompt, policy, answer): [(tokens, mean, its squared standard error)]} of files of
+    continuations.py, in units of the GVM's reward."""
+    reward, found = gvm.settings["reward"], {}
+    if files and reward["kind"] == "preference":
+        raise BadInput("--continuations: values in units of a score, and the GVM learned +1 and -1 of pairs; "
+                       "train one with --reward score.")
+    for file in files:
+        for where, row in read_rows(file):
+            try:
+                scores = (np.array(row["scores"], dtype=float) - reward["center"]) / reward["scale"]
+                if scores.ndim != 2 or scores.shape[1] < 2 or not np.isfinite(scores).all():
+                    raise ValueError
+                found[key_of(row)] = list(zip(map(int, row["tokens"]), scores.mean(1),
+                                              scores.var(1, ddof=1) / scores.shape[1], strict=True))
+            except (KeyError, TypeError, ValueError, AttributeError):
+                raise BadInput(f"{where}: not a row of continuations.py; name one that is.") from None
+            if row["tokenizer"] != tokenizer_fingerprint(gvm.tokenizer):
+                raise BadInput(f"{where}: places of another tokenizer than the value model's.")
+    return found
+
+
+def compare_with_continuations(gvm, rows, pool, known, args, draws=1000):
+    """RMSE of the GVM's values to the policies' own, by place in the answer: sqrt(mean of (q - m)^2 - se^2).
+    m is a mean over continuations and se its standard error, which would else count as the GVM's error. What
+    remains below 0 is 0. `constant`: the same of the mean of all m of the policy and place, which knows the
+    policy and not the answer. 95 % intervals: bootstrap over the prompts.
+
+    returns {policy or "all": [{tokens (mean), answers, value, sampled, rmse, low, high, constant} per place]}
+    """
+    chosen = [row for row in rows if key_of(row) in known]
+    values, _ = values_under_own_tau(gvm, chosen, pool, args.seed)
+    found = defaultdict(list)
+    for row, v in zip(chosen, values):
+        for i, (t, mean, noise) in enumerate(known[key_of(row)]):
+            place = prompt_text(row["prompt"]), t, v[t], mean, noise
+            for name in (row["policy"], "all"):
+                found[name, i].append((row["policy"], *place))
+    result = defaultdict(list)
+    for (name, _), places in sorted(found.items()):
+        policies, prompts, tokens, q, m, noise = map(np.array, zip(*places))
+        own = np.zeros(len(m))
+        for policy in set(policies):
+            own[policies == policy] = m[policies == policy].mean()
+        error, constant = (q - m) ** 2 - noise, (own - m) ** 2 - noise
+        _, index = np.unique(prompts, return_inverse=True)
+        total, count = np.bincount(index, error), np.bincount(index)
+        picks = keyed_rng("bootstrap").integers(len(count), size=(draws, len(count)))
+        low, high = np.percentile(total[picks].sum(1) / count[picks].sum(1), [2.5, 97.5])
+        root = lambda square: float(np.sqrt(max(0.0, square)))
+        result[name].append({"tokens": float(tokens.mean()), "answers": len(m), "value": float(q.mean()),
+                             "sampled": float(m.mean()), "rmse": root(error.mean()), "low": root(low),
+                             "high": root(high), "constant": root(constant.mean())})
+    return dict(result)
+
+
+def key_of(row):
+    return prompt_text(row["prompt"]), row["policy"], row["response"]
+
+
 def evaluate_gvm(args, device):
     reference = load_plug(args.reference_fn, "--reference_fn") if args.reference_fn else None
-    if args.unseen_data and not reference:
-        raise BadInput("--unseen_data is compared with --reference_fn: give that, too.")
+    if args.unseen_data and not reference and not args.continuations:
+        raise BadInput("--unseen_data is compared with --reference_fn or --continuations: give one, too.")
     gvm = open_gvm(args, device)
     rows, pairs, pool, left_out = read_held_out(args.data, gvm, args)
     pairs = some(pairs, args.pairs, args.seed)
@@ -312,11 +374,16 @@ def evaluate_gvm(args, device):
     result = {"k": gvm.settings["k"], "left_out": left_out,
               "ranking": rank_pairs(gvm, pairs, pool, args.seed),
               "calibration": calibrate(gvm, rows, pairs, pool, args)}
-    if reference:
-        result["reference"] = {"seen": compare_with_reference(gvm, rows, pool, reference, args)}
-    if reference and args.unseen_data:
-        rows, _, pool, _ = read_held_out(args.unseen_data, gvm, args)
-        result["reference"]["unseen"] = compare_with_reference(gvm, rows, pool, reference, args)
+    known = sampled_values(args.continuations, gvm)
+    for kind in ("seen", "unseen")[:1 + bool(args.unseen_data)]:
+        if kind == "unseen":
+            rows, _, pool, _ = read_held_out(args.unseen_data, gvm, args)
+        if reference:
+            exact = compare_with_reference(gvm, rows, pool, reference, args)
+            result.setdefault("reference", {})[kind] = exact
+        if known:
+            sampled = compare_with_continuations(gvm, rows, pool, known, args)
+            result.setdefault("continuations", {})[kind] = sampled
     return result
 
 
@@ -344,6 +411,12 @@ def show_gvm(result):
                 [[kind, name, *(found[half].get(error) for half in halves for error in errors)]
                  for kind, ref in result.get("reference", {}).items()
                  for name, found in {f"all ({ref['rows']} answers)": ref, **ref["policies"]}.items()], left=2)
+    print_table("Values against those of sampled continuations, whose noise is taken out of the RMSE\n"
+                "constant: the RMSE of the policy's mean at that place, which knows the policy alone",
+                ["", "policy", "tokens\nread", "answers", "mean\nvalue", "mean of\nsampled", "RMSE",
+                 "95 %\nfrom", "to", "constant"],
+                [[kind, name, *place.values()] for kind, found in result.get("continuations", {}).items()
+                 for name, places in found.items() for place in places], left=2)
 
 
 # ---- values ------------------------------------------------------------------------------------------------

@@ -86,17 +86,17 @@ class Args:
 Policy = namedtuple("Policy", "folder system temperature")
 
 
-def policies_of(args):
+def policies_of(words, temperatures):
     """{name: Policy} of --policies. One without a temperature of its own is one at each of --temperatures."""
     found = []
-    for word in args.policies or default_policies(args):
+    for word in words:
         if word.endswith(".json"):
             found += [entry_of(*row) for row in read_rows(word)]
         else:
             found += [(name, Policy(folder, "", None)) for name, folder in split_words("--policies", [word])]
     crossed = [(name if policy.temperature is not None else f"{name}@{t:g}", policy._replace(temperature=t))
                for name, policy in found
-               for t in ([policy.temperature] if policy.temperature is not None else args.temperatures)]
+               for t in ([policy.temperature] if policy.temperature is not None else temperatures)]
     if len(dict(crossed)) < len(crossed):
         raise BadInput("--policies: two of them have one name; give each its own.")
     return dict(crossed)
@@ -353,7 +353,7 @@ def default_policies(args):
 def main(args):
     _, world, device = init_distributed()
     check_args(args)
-    policies = policies_of(args)
+    policies = policies_of(args.policies or default_policies(args), args.temperatures)
     reward_model = reward_inputs(args)
     tokenizers = {policy.folder: load_tokenizer(policy.folder, "--policies") for policy in policies.values()}
     for folder, tokenizer in tokenizers.items():

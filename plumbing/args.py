@@ -111,7 +111,7 @@ LIMITS = {  # flag: smallest and largest value, in every script that has it
     **dict.fromkeys(("cliprange", "cliprange_value", "beta"), (1e-6, MOST)),
     **dict.fromkeys(("missing_eos_penalty", "score_min", "score_max"), (-MOST, MOST)),
     **dict.fromkeys(("batch_size", "rollout_batch", "accum_steps", "ppo_epochs"), (0, 1e6)),
-    "max_steps": (-1, MOST), "k": (0, 1000), "lora_r": (0, 10_000),
+    "max_steps": (-1, MOST), "continuations": (2, MOST), "k": (0, 1000), "lora_r": (0, 10_000),
     "parallel": (1, 1000), "retries": (0, 100), "timeout": (0.01, 1e6), "judge_tokens": (1, 1e6)}
 
 

@@ -143,7 +143,7 @@ def rl_prompts(tokenizer, args, world):
     Held out are --eval_prompts of them, or fewer: equally many for each rank."""
     train, test, seen, dropped = [], [], set(), Counter()
     reader = reward_reader(args)
-    for record in read_data(args.data, args.allow_dropped, log=print0):
+    for record in read_data(args.data, args.allow_dropped, log=print0, needs="prompts"):
         text = prompt_text(record["prompt"])
         share = split_of(text, args.split_seed)
         if share not in ("rl", "test") or text in seen:
