@@ -29,7 +29,7 @@ from common import (answer_ids, chat_ids, generate, keyed_rng, load_policy, load
                     load_tokenizer, row_seed)
 from label import check_settings, digest, let_go, policies_of, score, source_of, turns_for
 from plumbing.args import parse_args
-from plumbing.checks import check_model, fingerprint, tokenizer_fingerprint
+from plumbing.checks import check_model, fingerprint, tokenizer_fingerprint, weights_fingerprint
 from plumbing.data import prompt_text, read_data, split_of
 from plumbing.errors import BadInput
 from plumbing.files import write_whole
@@ -178,6 +178,7 @@ def main(args):
     # 3. write
     if dist.get_rank() == 0:
         lines, spread = [], defaultdict(list)
+        scored_by = weights_fingerprint(reward_model) if reward_model else args.reward_fn
         for name, rows in chosen.items():
             reader = tokenizer_fingerprint(tokenizers[policies[name].folder])
             for record, text, prompt, ids in rows:
@@ -185,7 +186,7 @@ def main(args):
                               for i in range(args.continuations)] for t in places_of(ids, args)}
                 spread[name] += [sum(found) / len(found) for found in places.values()]
                 lines.append(json.dumps({"prompt": record["prompt"], "policy": name, "response": text,
-                                         "tokenizer": reader, "tokens": list(places),
+                                         "tokenizer": reader, "scored_by": scored_by, "tokens": list(places),
                                          "scores": list(places.values())}, ensure_ascii=False) + "\n")
         write_whole(out, "".join(lines))
         for name, means in spread.items():

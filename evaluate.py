@@ -317,8 +317,13 @@ def sampled_values(files, gvm):
                     raise ValueError
                 found[key_of(row)] = list(zip(map(int, row["tokens"]), scores.mean(1),
                                               scores.var(1, ddof=1) / scores.shape[1], strict=True))
+                row["scored_by"], row["tokenizer"] = str(row["scored_by"]), str(row["tokenizer"])
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise BadInput(f"{where}: not a row of continuations.py; name one that is.") from None
+            if (":" in row["scored_by"]) != (reward["kind"] == "score") or (
+                    reward["kind"] == "model" and row["scored_by"] != reward.get("fingerprint")):
+                raise BadInput(f"{where}: scored by {row['scored_by']}, in other units than the GVM's "
+                               "reward: a function goes with --reward score, a model with --reward model.")
             if row["tokenizer"] != tokenizer_fingerprint(gvm.tokenizer):
                 raise BadInput(f"{where}: places of another tokenizer than the value model's.")
     return found

@@ -32,7 +32,7 @@ def words(chain, tmp_path, monkeypatch):
     data = write_jsonl(Path("answers.jsonl"), rows)
     return {"policies": f"sft={chain.sft}", "temperatures": 1, "data": data, "continuations": 8,
             "reward_fn": "letters_rule:letters", "max_prompt_length": 32, "response_length": 8,
-            "micro_batch": 16, "dtype": "float32", "examples": 2, "places": [0, 0.5],
+            "micro_batch": 16, "dtype": "float32", "examples": 2, "split_seed": 0, "places": [0, 0.5],
             "out": tmp_path / "values.jsonl"}
 
 
@@ -108,7 +108,8 @@ def rows_and_file(error, n=400, draws=16):
         truth = rng.normal(5.5 + i % 2, 1, size=2)
         rows.append({"prompt": prompt, "policy": policy, "response": "a b", "group": str(i)})
         lines.append({"prompt": prompt, "policy": policy, "response": "a b", "tokenizer": "t",
-                      "tokens": [0, 2], "scores": rng.normal(truth[:, None], 1, (2, draws)).tolist()})
+                      "scored_by": "a:b", "tokens": [0, 2],
+                      "scores": rng.normal(truth[:, None], 1, (2, draws)).tolist()})
         known = (truth - 5.5) / 4.5
         values.append(np.array([known[0] + error, 9.0, known[1] + error]))
     return rows, lines, values
@@ -139,9 +140,18 @@ def test_files_that_are_no_values(tmp_path, monkeypatch):
     _, lines, _ = rows_and_file(0.0, n=2)
     for row, said in (({**lines[0], "scores": [[1.0], [1.0]]}, "not a row of continuations.py"),
                       ({**lines[0], "tokens": [0]}, "not a row"),
-                      ({"instruction": "a"}, "not a row"), (lines[0], "another tokenizer")):
+                      ({"instruction": "a"}, "not a row"), (lines[0], "another tokenizer"),
+                      ({**lines[0], "scored_by": "12ab"}, "in other units than the GVM's reward")):
         with pytest.raises(BadInput, match=f"values.jsonl:1: .*{said}"):
             evaluate.sampled_values([write_jsonl(tmp_path / "values.jsonl", [row])], gvm)
+    file = write_jsonl(tmp_path / "values.jsonl", [{**lines[0], "scored_by": "12ab", "tokenizer": "another"}])
+    for fingerprint, fits in (("12ab", True), ("34cd", False)):
+        gvm.settings["reward"] = {"kind": "model", "center": 0, "scale": 1, "fingerprint": fingerprint}
+        if fits:
+            assert len(evaluate.sampled_values([file], gvm)) == 1
+        else:
+            with pytest.raises(BadInput, match="in other units"):
+                evaluate.sampled_values([file], gvm)
     gvm.settings["reward"] = {"kind": "preference"}
     assert evaluate.sampled_values([], gvm) == {}
     with pytest.raises(BadInput, match="--reward score"):

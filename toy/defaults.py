@@ -28,6 +28,8 @@ DEFAULTS = {
                   "max_steps": 300, "epochs": 1000, "batch_size": 64, "micro_batch": 64},
     "label": {"split_seed": SPLIT_SEED, "data": "toy/build/preferences.jsonl", "dtype": "float32",
               "micro_batch": 64, "max_prompt_length": 32, "response_length": 24},
+    "continuations": {"split_seed": SPLIT_SEED, "dtype": "float32", "micro_batch": 64,
+                      "max_prompt_length": 32, "response_length": 24},
     "evaluate": {"split_seed": SPLIT_SEED, "data": "toy/build/preferences.jsonl", "dtype": "float32",
                  "micro_batch": 64, "pairs": 300, "reference_fn": "toy.reference:values",
                  "unseen_data": "toy/build/unseen.jsonl", "truth_fn": "toy.exact:true_reward",

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from toy.world import CLOSINGS, MALFORMED, POLITE, answer_table, answers, true_reward as reward_of_text
+from toy.world import CLOSINGS, MALFORMED, POLITE, answer_table, answers, true_score
+from toy.world import true_reward as reward_of_text
 
 CHUNK = 64                              # sequences per forward; larger ones are slower on a CPU core
 NO_TOKEN = -1                           # after the end of an answer; equal to no token id
@@ -149,6 +150,11 @@ def sampled_reward(rows, policy, tokenizer):
         reward_of = dict(zip(answer_ids(question_of(row), tokenizer), answer_rewards(question_of(row))))
         rewards.append(float(reward_of.get(tuple(row["response_ids"]), MALFORMED)))
     return rewards
+
+
+def score(rows, policy, tokenizer):
+    """Noise-free score, 1 to 10, of each row's response as a text, for label.py."""
+    return [true_score(question_of(row), row["response"]) for row in rows]
 
 
 def values(rows, policy, tokenizer):

@@ -27,7 +27,8 @@ TEXTS = {path: path.read_text() for path in PAGES}
 ALL = "\n".join(TEXTS.values())
 SOURCES = {path: path.read_text() for path in ROOT.rglob("*.py")
            if not {".venv", "runs", "build"} & set(path.relative_to(ROOT).parts)}
-SCRIPTS = ("sft", "train_rm", "train_gvm", "train_dvpo", "train_ppo", "train_remax", "train_dpo", "label")
+SCRIPTS = ("sft", "train_rm", "train_gvm", "train_dvpo", "train_ppo", "train_remax", "train_dpo", "label",
+           "continuations")
 COMMAND = re.compile(r"^(?:\$ )?(?:\w+=\S+ )*((?:python3?|deepspeed|make) .*)")
 OWN = re.compile(r"my|script\.py|pytest|pip|ruff")  # a reader's own, any of the scripts, or no script of ours
 of_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
