@@ -4,7 +4,10 @@ wins."""
 MADE = "smol/build", "python -m smol.make"  # where this world's files are, and what writes them
 
 SPLIT_SEED = 0
-MODEL, PROMPTS, LABELS = "smol/build/model", "smol/build/prompts.jsonl", "runs/smol/labels.jsonl"
+MODEL, PROMPTS = "smol/build/model", "smol/build/prompts.jsonl"
+# Answers of policies that a GVM may be trained on, of others, and what their prefixes are worth: smol/run.py
+LABELS, UNSEEN = "smol/labels.jsonl", "smol/unseen.jsonl"
+VALUES = {"seen": "smol/values.jsonl", "unseen": "smol/unseen_values.jsonl"}
 COMMON = {"split_seed": SPLIT_SEED, "ds_config": "ds_configs/fp32.json", "sft_model": MODEL, "data": LABELS}
 OFFLINE = {**COMMON, "max_length": 96, "lora_dropout": 0.0, "batch_size": 32, "micro_batch": 8}
 
