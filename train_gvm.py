@@ -97,9 +97,9 @@ def learning_rate(step, steps, args):
 
 
 def tau_pairs(step, steps, args):
-    """Pairs of tau at this step: none in the first half of the warm-up, up to k in the second, then k."""
+    """Mean number of pairs in tau: 0 in the first half of the warm-up, growing to k in the second, then k."""
     progress = (step + 1) / (args.tau_warmup * steps + 1e-9)
-    return min(args.k, max(0, int(2 * args.k * (progress - 0.5))))
+    return min(args.k, max(0.0, 2 * args.k * (progress - 0.5)))
 
 
 def rows_of_step(policies, step, args):
@@ -232,13 +232,14 @@ def batch_of_step(train, tau_source, step, k, run):
     All rows of a policy have one tau, which is about other things than any of them (`group`). tau is longer
     than they are, and read once for those in one forward pass: so a policy's rows stand together, on one rank
     where they can, and beside policies with about as many tokens. Without tau, rows of like length do.
+    k is a mean: in between, some policies have a pair more. All at once forgot what was learned without tau.
     """
     args, by_policy, packs = run.args, defaultdict(list), []
     for i in rows_of_step([row["policy"] for row in train], step, args):
         by_policy[train[i]["policy"]].append(train[i])
     for policy, rows in by_policy.items():
-        tau = tau_source.draw(policy, {row["group"] for row in rows},
-                              keyed_rng("tau", args.seed, step, policy), k)
+        rng = keyed_rng("tau", args.seed, step, policy)
+        tau = tau_source.draw(policy, {row["group"] for row in rows}, rng, int(k + rng.random()))
         packs.append([(*ids, row["reward"]) for ids, row in zip(tau_source.behind(tau, rows), rows)])
     alone = k == 0 or not tau_source.shared  # every row is a pack of its own
     packs = [[row] for pack in packs for row in pack] if alone else packs

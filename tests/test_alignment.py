@@ -7,6 +7,7 @@ EOS, one answer is truncated, one is nothing but EOS.
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
@@ -396,13 +397,29 @@ def test_tau_in_training_shows_the_same_policy_on_other_prompts(models_folder):
 
 
 def test_tau_grows_from_nothing_to_k():
-    """No pairs in the first half of the warm-up, one more at a time in its second half, k from there on;
-    without a warm-up k at once."""
+    """No pairs in the first half of the warm-up, on average as much more at each step of its second half, k
+    from there on; without a warm-up k at once."""
     args = SimpleNamespace(k=3, tau_warmup=0.6)
     pairs = [train_gvm.tau_pairs(step, 100, args) for step in range(100)]
-    assert pairs[:29] == [0] * 29 and pairs[60:] == [3] * 40
-    assert pairs == sorted(pairs) and set(pairs) == {0, 1, 2, 3}
+    assert pairs[:30] == pytest.approx([0] * 30, abs=1e-6) and pairs[60:] == [3] * 40
+    assert np.diff(pairs[29:60]) == pytest.approx([0.1] * 30, abs=1e-6)
     assert train_gvm.tau_pairs(0, 10, SimpleNamespace(k=2, tau_warmup=0.0)) == 2
+
+
+def test_while_tau_grows_some_policies_have_a_pair_more(models_folder):
+    """A mean of 1.25 pairs is 1 or 2, of its policy alone; 2 is 2, and 0 none."""
+    tokenizer = load_tokenizer(models_folder / "llama")
+    rows = [{**row, "reward": 0.0} for row in offline_rows()]
+    source = train_gvm.TauSource(rows, tokenizer, 128, SETTINGS)
+    args = SimpleNamespace(reward="score", k=3, batch_size=4, batch_policies=2, seed=1)
+    run, found = SimpleNamespace(args=args, rank=0, world=1), {1.25: [], 2.0: [], 0.0: []}
+    straight = source.draw
+    for k, drawn in found.items():
+        source.draw = lambda *asked, drawn=drawn: drawn.append(asked[-1]) or straight(*asked)
+        for step in range(100):
+            train_gvm.batch_of_step(rows, source, step, k, run)
+    assert set(found[1.25]) == {1, 2} and np.mean(found[1.25]) == pytest.approx(1.25, abs=0.1)
+    assert set(found[2.0]) == {2} and set(found[0.0]) == {0}
 
 
 def test_both_answers_of_a_pair_are_ranked_under_one_tau(models_folder, monkeypatch):

@@ -17,7 +17,7 @@ DEFAULTS = {
     "sft": {**COMMON, "base_model": "toy/build/model", "data": "toy/build/sft.jsonl", "lr": 2e-3,
             "warmup_steps": 10, "max_steps": 500, "epochs": 1000, "batch_size": 64, "micro_batch": 64},
     "train_gvm": {**COMMON, "data": "toy/build/preferences.jsonl", "reward": "score", "k": 4,
-                  "tau_question_tokens": 20, "tau_answer_tokens": 24, "lora_dropout": 0.0, "lr": 3e-3,
+                  "tau_question_tokens": 20, "tau_answer_tokens": 24, "lora_dropout": 0.0, "lr": 2e-3,
                   "max_steps": 700, "epochs": 1000, "batch_size": 64, "micro_batch": 32, "eval_every": 350},
     "train_rm": {**COMMON, "data": "toy/build/preferences.jsonl", "pairs": "all", "lora_dropout": 0.0,
                  "lr": 1e-3, "max_steps": 600, "epochs": 1000, "batch_size": 64, "micro_batch": 64},
