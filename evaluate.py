@@ -321,7 +321,7 @@ def sampled_values(files, gvm):
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise BadInput(f"{where}: not a row of continuations.py; name one that is.") from None
             if (":" in row["scored_by"]) != (reward["kind"] == "score") or (
-                    reward["kind"] == "model" and row["scored_by"] != reward.get("fingerprint")):
+                    reward["kind"] == "model" and row["scored_by"] != str(reward.get("fingerprint"))):
                 raise BadInput(f"{where}: scored by {row['scored_by']}, in other units than the GVM's "
                                "reward: a function goes with --reward score, a model with --reward model.")
             if row["tokenizer"] != tokenizer_fingerprint(gvm.tokenizer):

@@ -414,8 +414,8 @@ def main(args):
             text = f", {np.mean(cut):.0%} cut at --response_length" if cut else ""
             text += "; warning: that is most of them: raise it" * (sum(cut) > len(cut) / 2)
             print(f"  {policy}: {len(pairs)} answers, mean score {np.mean([x for x, _ in pairs]):.3f}{text}")
-        use = (f": train_gvm.py --reward score --score_min {low:g} --score_max {high:g}" if args.reward_fn
-               else " became 1 to 10")
+        flags = f": train_gvm.py --reward score --score_min {float(low)} --score_max {float(high)}"
+        use = flags if args.reward_fn else " became 1 to 10"
         print(f"{out}: {len(rows)} rows, {len(answers)} answers; scores from {low:.3f} to {high:.3f}{use}")
     dist.barrier()
     remove_kept(out)

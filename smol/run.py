@@ -38,7 +38,7 @@ class World(Grid):
         return self.stage(f"{name}_{seed}", script, ["--seed", seed, "--max_steps", STEPS, *flags], needs)
 
     def script(self, name, script, flags, needs=()):
-        return self.add(self.out / name, [script, "--model", "smol", *flags], [*self.data[1], *needs])
+        return self.add(self.out / name, [script, *flags, "--model", "smol"], [*self.data[1], *needs])
 
 
 def answers(grid, seeds):

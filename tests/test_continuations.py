@@ -144,8 +144,8 @@ def test_files_that_are_no_values(tmp_path, monkeypatch):
                       ({**lines[0], "scored_by": "12ab"}, "in other units than the GVM's reward")):
         with pytest.raises(BadInput, match=f"values.jsonl:1: .*{said}"):
             evaluate.sampled_values([write_jsonl(tmp_path / "values.jsonl", [row])], gvm)
-    file = write_jsonl(tmp_path / "values.jsonl", [{**lines[0], "scored_by": "12ab", "tokenizer": "another"}])
-    for fingerprint, fits in (("12ab", True), ("34cd", False)):
+    file = write_jsonl(tmp_path / "values.jsonl", [{**lines[0], "scored_by": 12, "tokenizer": "another"}])
+    for fingerprint, fits in ((12, True), (34, False)):
         gvm.settings["reward"] = {"kind": "model", "center": 0, "scale": 1, "fingerprint": fingerprint}
         if fits:
             assert len(evaluate.sampled_values([file], gvm)) == 1

@@ -249,12 +249,12 @@ def letters(rows, policy, tokenizer):
 
 def test_the_numbers_of_a_function_are_kept(words, chain, flags, tmp_path, monkeypatch, capsys):
     """As they are, for all answers, and train_gvm.py reads them by the flags that are printed."""
-    (tmp_path / "rule_kept.py").write_text(RULE % 0.5)
+    (tmp_path / "rule_kept.py").write_text(RULE % "1 / 7")
     del words["reward_model"]
     rows = run_label(words, reward_fn="rule_kept:letters", response_length=10)
     for row in rows:
         for c in row["completions"]:
-            assert c["overall_score"] == 0.5 * len(c["response"]) - len(row["instruction"])
+            assert c["overall_score"] == 1 / 7 * len(c["response"]) - len(row["instruction"])
             assert "reward_model_score" not in c
     shown = re.search(r": train_gvm.py --reward score (--score_min (\S+) --score_max (\S+))\n",
                       capsys.readouterr().out)
