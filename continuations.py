@@ -3,6 +3,7 @@
 Where no closed form exists this is the truth to hold a value model against. From several places of an answer
 its policy goes on, --continuations times; the mean score of the answers that come out is an unbiased estimate
 of Q(s, a) (of V(s_1) at place 0), with a standard error. `evaluate.py gvm --continuations FILE` compares.
+Answers in which nothing is said count, too: the policy does say nothing there.
 
 It costs policies x answers x places x continuations samples. An interrupted run goes on with the same
 command.
@@ -12,13 +13,15 @@ command.
 
 reads   held-out answers with their policies' names, as label.py writes them; these policies, by the same
         flags; a reward model, or a function
-writes  runs/<model name>/continuations.jsonl: for each answer the places, in tokens, and all scores at each
+writes  runs/<model name>/continuations.jsonl: for each answer the places, as shares and in tokens, and all
+        scores at each
 """
 
 import functools
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -27,14 +30,14 @@ import torch.distributed as dist
 
 from common import (answer_ids, chat_ids, generate, keyed_rng, load_policy, load_reward_tokenizer,
                     load_tokenizer, row_seed)
-from label import check_settings, digest, let_go, policies_of, score, source_of, turns_for
 from plumbing.args import parse_args
-from plumbing.checks import check_model, fingerprint, tokenizer_fingerprint, weights_fingerprint
-from plumbing.data import prompt_text, read_data, split_of
+from plumbing.checks import check_model, tokenizer_fingerprint, weights_fingerprint
+from plumbing.data import prompt_text, read_data, report_drops, split_of
 from plumbing.errors import BadInput
 from plumbing.files import write_whole
-from plumbing.folders import take_lock
 from plumbing.inputs import reward_inputs, room
+from plumbing.policies import (SCORING, check_settings, check_system, digest, let_go, lock_file, policies_of,
+                               sampled_by, score, turns_for)
 from plumbing.ranks import init_distributed, print0
 from plumbing.rows import reward_fits
 from plumbing.texts import answer_text, ended, readable
@@ -64,49 +67,94 @@ class Args:
 
 
 def chosen_answers(policies, tokenizers, args):
-    """{name of a policy: [(record of the prompt, answer, ids of the prompt as the policy reads it, ids of the
-    answer)]}: --examples held-out answers of each."""
-    found = {name: [] for name in policies}
+    """--examples held-out answers of each policy, as rows: the record of the prompt, policy, response, and
+    places, for each of --places (tokens of the answer after which the policy goes on, EOS not counted; key)
+    """
+    found, dropped = {name: [] for name in policies}, Counter()
     for record in read_data(args.data, args.allow_dropped, log=print0, needs="answers"):
-        if split_of(prompt_text(record["prompt"]), args.split_seed) != "test":
-            continue
-        for response in record["responses"]:
-            if response["policy"] in found:
-                policy = policies[response["policy"]]
-                tokenizer = tokenizers[policy.folder]
-                turns = turns_for(record["prompt"], policy.system)
-                prompt = readable(chat_ids, tokenizer, turns)
-                ids = readable(answer_ids, tokenizer, response["text"])
-                if prompt and ids and len(prompt) <= args.max_prompt_length and len(ids) > 1:
-                    found[response["policy"]].append((record, response["text"], prompt, ids[:-1]))
+        text = prompt_text(record["prompt"])
+        for response in record["responses"] if split_of(text, args.split_seed) == "test" else ():
+            name, answer = response["policy"], response["text"]
+            if name not in policies:
+                continue
+            prompt, said = ids_of(record["prompt"], answer, policies[name], tokenizers)
+            if not prompt or not said:
+                dropped["cannot become token ids"] += 1
+            elif len(prompt) > args.max_prompt_length:
+                dropped["to prompts over --max_prompt_length"] += 1
+            elif max(tokens := [int(share * len(said)) for share in args.places]) >= args.response_length:
+                dropped["with a place at or behind --response_length"] += 1
+            else:
+                found[name].append({"record": record, "policy": name, "response": answer, "places": [
+                    (t, digest([name, text, answer, t])) for t in tokens]})
+    kept = sum(map(len, found.values()))
+    if kept + dropped.total():
+        report_drops(dropped, kept + dropped.total(), f"--data {args.data}: held-out answers of --policies",
+                     args.allow_dropped, log=print0)
     empty = [name for name, rows in found.items() if not rows]
     if empty:
         raise BadInput(f"--data {args.data}: no held-out answer of {', '.join(empty)} that can be read; the "
                        f"names are label.py's, with the temperature where that is a flag.")
     order = {name: keyed_rng("continued", args.seed, name).permutation(len(rows))[:args.examples]
              for name, rows in found.items()}
-    return {name: [rows[i] for i in sorted(order[name])] for name, rows in found.items()}
+    return [rows[i] for name, rows in found.items() for i in sorted(order[name])]
 
 
-def places_of(ids, args):
-    """Numbers of tokens after which the policy goes on, each once: shares of the answer, EOS not counted."""
-    return sorted({int(share * len(ids)) for share in args.places})
+def ids_of(prompt, answer, policy, tokenizers):
+    """(ids of the prompt as the policy reads it, ids of the answer without EOS); None of what has none."""
+    tokenizer = tokenizers[policy.folder]
+    said = readable(answer_ids, tokenizer, answer)
+    return readable(chat_ids, tokenizer, turns_for(prompt, policy.system)), said and said[:-1]
 
 
-def go_on(name, policy, model, tokenizer, args, device, part):
-    """Rows to keep, one for each (key, prompt ids, answer ids, t) of the part: whole answers that begin with
-    the first t tokens."""
-    asked = [(prompt + ids[:t], row_seed(args.seed, name, key, i)) for key, prompt, ids, t in part
-             for i in range(args.continuations)]
-    length = args.response_length - min(t for *_, t in part)
-    found = iter(generate(model, [ids for ids, _ in asked], [seed for _, seed in asked], length,
-                          policy.temperature, tokenizer, device, batch=args.micro_batch))
-    rows = []
-    for key, _, ids, t in part:
-        whole = [(ids[:t] + next(found))[:args.response_length] for _ in range(args.continuations)]
-        rows.append({"key": key, "answers": [[answer_text(tokenizer, y), not ended(tokenizer, y)]
-                                             for y in whole]})
-    return rows
+def sample(folder, policies, tokenizers, rows, kept, args, device):
+    """Append what the policies of this folder say from the places of their rows to `kept`: whole answers, the
+    prefixes included."""
+    todo = {name: {} for name, policy in policies.items() if policy.folder == folder}
+    for row in rows:
+        if row["policy"] in todo:
+            prompt, said = ids_of(row["record"]["prompt"], row["response"], policies[row["policy"]],
+                                  tokenizers)
+            todo[row["policy"]].update({key: (key, prompt, said[:t]) for t, key in row["places"]
+                                        if key not in kept.rows})
+    if not any(todo.values()):
+        return
+    tokenizer = tokenizers[folder]
+    model = load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policies").to(device).eval()
+
+    def go_on(part, name):
+        found = []
+        for t, jobs in groupby(part, lambda job: len(job[2])):  # as many tokens are left to all of these
+            jobs = [(*job, i) for job in jobs for i in range(args.continuations)]
+            seeds = [row_seed(args.seed, name, key, i) for key, _, _, i in jobs]
+            answers = generate(model, [prompt + said for _, prompt, said, _ in jobs], seeds,
+                               args.response_length - t, policies[name].temperature, tokenizer, device,
+                               batch=args.micro_batch)
+            found += [(key, said + answer) for (key, _, said, _), answer in zip(jobs, answers)]
+        return [{"key": key, "answers": [[answer_text(tokenizer, y).strip(), not ended(tokenizer, y)]
+                                         for _, y in whole]}
+                for key, whole in groupby(found, lambda pair: pair[0])]
+    for name, jobs in todo.items():
+        kept.work(sorted(jobs.values(), key=lambda job: len(job[2])),
+                  max(1, args.micro_batch // args.continuations), functools.partial(go_on, name=name), name,
+                  device)
+
+
+def answers_to_score(rows, kept, reader, args):
+    """{key: (text of the prompt, policy, answer, truncated)} of all continuations, and the rows that they are
+    of: those of which the reward model can read each.  reader: its tokenizer, if there is one"""
+    answers, readable_rows, dropped = {}, [], Counter()
+    for row in rows:
+        prompt = row["record"]["prompt"]
+        found = {f"{key} {i}": (prompt_text(prompt), row["policy"], text, cut)
+                 for _, key in row["places"] for i, (text, cut) in enumerate(kept.rows[key]["answers"])}
+        if reader is None or all(reward_fits(reader, prompt, text) for _, _, text, _ in found.values()):
+            answers.update(found)
+            readable_rows.append(row)
+        else:
+            dropped["with a continuation that the reward model cannot read"] += 1
+    report_drops(dropped, len(rows), "answers", args.allow_dropped, log=print0)
+    return answers, readable_rows
 
 
 def main(args):
@@ -124,74 +172,54 @@ def main(args):
     tokenizers = {policy.folder: load_tokenizer(policy.folder, "--policies") for policy in policies.values()}
     for path, tokenizer in tokenizers.items():
         check_model(path, tokenizer, "--policies", *room(args))
-    take_lock(out.with_name(f".{out.name}.lock"), f"--out {out}")
-    chosen = chosen_answers(policies, tokenizers, args)
-    jobs = {name: [(digest([name, prompt, ids, t]), prompt, ids, t) for _, _, prompt, ids in rows
-                   for t in places_of(ids, args)] for name, rows in chosen.items()}
-    weights = {path: fingerprint(path) for path in tokenizers}
-    settings = {"reward": (f"{reward_model} {fingerprint(reward_model)}" if reward_model else
-                           [args.reward_fn, source_of(args.reward_fn)]),
-                "policies": {name: [*policy, weights[policy.folder]] for name, policy in policies.items()},
-                "jobs": jobs, "continuations": args.continuations, "response_length": args.response_length,
-                "dtype": args.dtype, "seed": args.seed}
+    check_system(policies, tokenizers)
+    lock_file(out)
+    rows = chosen_answers(policies, tokenizers, args)
+    keys = list(dict.fromkeys(key for row in rows for _, key in row["places"]))
+    settings = {**sampled_by(policies, tokenizers, reward_model, args), "continuations": args.continuations,
+                "places": [row["places"] for row in rows]}
     digests = {name: digest(value) for name, value in settings.items()}
     if check_settings(out, digests):
         remove_kept(out)
         print0(f"{out}: finished, nothing is left to do")
         return
-    kept = Kept(out, digest([x for name, x in digests.items() if name != "reward"])[:8], "answers")
+    kept = Kept(out, digest([x for name, x in digests.items() if name not in SCORING])[:8], "answers")
     scores = Kept(out, digest(digests)[:8], "scores")
-    total = sum(map(len, jobs.values()))
-    print0(f"continuations: {sum(map(len, chosen.values()))} answers of {len(policies)} policies, {total} "
-           f"places, {args.continuations} continuations from each, {len(kept.rows)} places are there already")
+    print0(f"continuations: {len(rows)} answers of {len(policies)} policies, {len(keys)} places on {world} "
+           f"ranks, {args.continuations} continuations from each, {len(kept.rows)} places are there already")
 
     # 1. sample: one model after the other is in memory
-    for path, tokenizer in tokenizers.items():
-        model = load_policy(path, tokenizer, getattr(torch, args.dtype), "--policies").to(device).eval()
-        for name, policy in policies.items():
-            if policy.folder == path:
-                todo = [job for job in jobs[name] if job[0] not in kept.rows]
-                do = functools.partial(go_on, name, policy, model, tokenizer, args, device)
-                kept.work(todo, max(1, args.micro_batch // args.continuations), do, name, device)
-        del model
+    for path in tokenizers:
+        sample(path, policies, tokenizers, rows, kept, args, device)
         let_go()
     kept.read()
 
     # 2. score
-    prompts = {prompt_text(record["prompt"]): record for rows in chosen.values() for record, *_ in rows}
-    reader, answers, unread = load_reward_tokenizer(reward_model) if reward_model else None, {}, 0
-    for name, rows in chosen.items():
-        for record, _, prompt, ids in rows:
-            for t in places_of(ids, args):
-                key = digest([name, prompt, ids, t])
-                for i, (text, cut) in enumerate(kept.rows[key]["answers"]):
-                    if reader is None or reward_fits(reader, record["prompt"], text):
-                        answers[f"{key} {i}"] = prompt_text(record["prompt"]), name, text, cut
-                    else:
-                        unread += 1
-    if unread:
-        raise BadInput(f"--reward_model: {unread} of {len(answers) + unread} continuations are longer than "
-                       f"it can read; lower --response_length.")
+    prompts = {prompt_text(row["record"]["prompt"]): row["record"] for row in rows}
+    reader = load_reward_tokenizer(reward_model) if reward_model else None
+    answers, rows = answers_to_score(rows, kept, reader, args)
     score(answers, prompts, scores, args, reward_model, device)
     scores.read()
 
     # 3. write
     if dist.get_rank() == 0:
-        lines, spread = [], defaultdict(list)
-        scored_by = weights_fingerprint(reward_model) if reward_model else args.reward_fn
-        for name, rows in chosen.items():
-            reader = tokenizer_fingerprint(tokenizers[policies[name].folder])
-            for record, text, prompt, ids in rows:
-                places = {t: [scores.rows[f"{digest([name, prompt, ids, t])} {i}"]["score"]
-                              for i in range(args.continuations)] for t in places_of(ids, args)}
-                spread[name] += [sum(found) / len(found) for found in places.values()]
-                lines.append(json.dumps({"prompt": record["prompt"], "policy": name, "response": text,
-                                         "tokenizer": reader, "scored_by": scored_by, "tokens": list(places),
-                                         "scores": list(places.values())}, ensure_ascii=False) + "\n")
+        lines, means = [], defaultdict(list)
+        by = ({"reward_model": weights_fingerprint(reward_model)} if reward_model else
+              {"reward_fn": args.reward_fn})
+        for row in rows:
+            found = [[scores.rows[f"{key} {i}"]["score"] for i in range(args.continuations)]
+                     for _, key in row["places"]]
+            means[row["policy"]].append(sum(found[0]) / args.continuations)
+            reader = tokenizer_fingerprint(tokenizers[policies[row["policy"]].folder])
+            lines.append(json.dumps({
+                "prompt": row["record"]["prompt"], "policy": row["policy"], "response": row["response"],
+                "tokenizer": reader, **by, "places": args.places, "tokens": [t for t, _ in row["places"]],
+                "scores": found}, ensure_ascii=False) + "\n")
         write_whole(out, "".join(lines))
-        for name, means in spread.items():
-            print(f"  {name}: {len(chosen[name])} answers, mean value {sum(means) / len(means):.3f}")
-        print(f"{out}: {len(lines)} answers, {total} places")
+        for name, found in means.items():
+            print(f"  {name}: {len(found)} answers, mean value at place {args.places[0]:g}: "
+                  f"{sum(found) / len(found):.3f}")
+        print(f"{out}: {len(lines)} answers, {len(keys)} places")
     dist.barrier()
     remove_kept(out)
 

@@ -42,7 +42,7 @@ from tqdm import tqdm  # comes with transformers
 
 from common import (answer_ids, chat_ids, collate, cut_pair, generate, keyed_rng, load_gvm, load_policy,
                     load_reward_model, load_reward_tokenizer, load_tokenizer, reward_scores, row_seed)
-from plumbing.args import command_args, load_numbers, load_plug
+from plumbing.args import command_args, load_numbers, load_plug, split_words
 from plumbing.checks import (check_model, finite, gvm_settings, read_as_gvm, tokenizer_fingerprint,
                              weights_fingerprint)
 from plumbing.data import has_policy_names, preference_pair, prompt_text, read_data, split_of
@@ -100,12 +100,17 @@ def hits(good, bad):
     return np.greater(good, bad) + 0.5 * np.equal(good, bad)
 
 
-def accuracy(hit, groups, draws=1000):
-    """Mean of hits [N] and its 95 % interval, by bootstrap over groups [N]: hits of a group are dependent."""
+def bootstrap(numbers, groups, draws=1000):
+    """95 % interval of the mean of numbers [N], by bootstrap over groups [N]: a group's are dependent."""
     _, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    total, count = np.bincount(index, hit), np.bincount(index)
+    total, count = np.bincount(index, numbers), np.bincount(index)
     picks = keyed_rng("bootstrap").integers(len(count), size=(draws, len(count)))
-    low, high = np.percentile(total[picks].sum(1) / count[picks].sum(1), [2.5, 97.5])
+    return np.percentile(total[picks].sum(1) / count[picks].sum(1), [2.5, 97.5])
+
+
+def accuracy(hit, groups):
+    """Mean of hits [N] and its 95 % interval."""
+    low, high = bootstrap(hit, groups)
     return {"accuracy": float(np.mean(hit)), "low": float(low), "high": float(high)}
 
 
@@ -303,63 +308,63 @@ def compare_with_reference(gvm, rows, pool, reference, args):
 
 
 def sampled_values(files, gvm):
-    """{(text of the prompt, policy, answer): [(tokens, mean, its squared standard error)]} of files of
-    continuations.py, in units of the GVM's reward."""
+    """{(text of the prompt, policy, answer): {place: (tokens, mean, its squared standard error)}} of files of
+    continuations.py, in units of the GVM's reward. place: a share of the answer"""
     reward, found = gvm.settings["reward"], {}
-    if files and reward["kind"] == "preference":
-        raise BadInput("--continuations: values in units of a score, and the GVM learned +1 and -1 of pairs; "
-                       "train one with --reward score.")
+    if files and (reward["kind"] == "preference" or gvm.settings["gamma"] != 1):
+        raise BadInput("--continuations: means of scores, and this GVM learned +1 and -1 of pairs, or "
+                       "discounts; train one with --reward score or model, and --gamma 1.")
     for file in files:
         for where, row in read_rows(file):
             try:
-                scores = (np.array(row["scores"], dtype=float) - reward["center"]) / reward["scale"]
+                raw = np.array(row["scores"], dtype=float)
+                scores = (raw - reward["center"]) / reward["scale"]
                 if scores.ndim != 2 or scores.shape[1] < 2 or not np.isfinite(scores).all():
                     raise ValueError
-                found[key_of(row)] = list(zip(map(int, row["tokens"]), scores.mean(1),
-                                              scores.var(1, ddof=1) / scores.shape[1], strict=True))
-                row["scored_by"], row["tokenizer"] = str(row["scored_by"]), str(row["tokenizer"])
+                by = str(row["reward_model"]) if reward["kind"] == "model" else str(row["reward_fn"])
+                known = zip(map(int, row["tokens"]), scores.mean(1), scores.var(1, ddof=1) / scores.shape[1])
+                found[key_of(row)] = dict(zip(map(float, row["places"]), known, strict=True))
+                reader = row["tokenizer"]
             except (KeyError, TypeError, ValueError, AttributeError):
-                raise BadInput(f"{where}: not a row of continuations.py; name one that is.") from None
-            if (":" in row["scored_by"]) != (reward["kind"] == "score") or (
-                    reward["kind"] == "model" and row["scored_by"] != str(reward.get("fingerprint"))):
-                raise BadInput(f"{where}: scored by {row['scored_by']}, in other units than the GVM's "
-                               "reward: a function goes with --reward score, a model with --reward model.")
-            if row["tokenizer"] != tokenizer_fingerprint(gvm.tokenizer):
+                raise BadInput(f"{where}: not a row of continuations.py that goes with --reward "
+                               f"{reward['kind']}, which the GVM learned; name one that is.") from None
+            if reward["kind"] == "model" and by != str(reward.get("fingerprint")):
+                raise BadInput(f"{where}: scored by another reward model than the GVM learned from.")
+            if reward["kind"] == "score" and np.abs(scores.mean(1)).max() > 2:  # it learned -1 to 1
+                raise BadInput(f"{where}: mean scores up to {raw.mean(1).max():g}, far from those that the "
+                               f"GVM learned: {by} is not what gave them.")
+            if reader != tokenizer_fingerprint(gvm.tokenizer):
                 raise BadInput(f"{where}: places of another tokenizer than the value model's.")
     return found
 
 
-def compare_with_continuations(gvm, rows, pool, known, args, draws=1000):
+def compare_with_continuations(gvm, rows, pool, known, args):
     """RMSE of the GVM's values to the policies' own, by place in the answer: sqrt(mean of (q - m)^2 - se^2).
     m is a mean over continuations and se its standard error, which would else count as the GVM's error. What
     remains below 0 is 0. `constant`: the same of the mean of all m of the policy and place, which knows the
-    policy and not the answer. 95 % intervals: bootstrap over the prompts.
+    policy and not the answer. 95 % intervals: bootstrap over groups of prompts.
 
-    returns {policy or "all": [{tokens (mean), answers, value, sampled, rmse, low, high, constant} per place]}
+    returns {policy or "all": [{place, tokens (mean), answers, value, sampled, rmse, low, high, constant}]}
     """
     chosen = [row for row in rows if key_of(row) in known]
     values, _ = values_under_own_tau(gvm, chosen, pool, args.seed)
     found = defaultdict(list)
     for row, v in zip(chosen, values):
-        for i, (t, mean, noise) in enumerate(known[key_of(row)]):
-            place = prompt_text(row["prompt"]), t, v[t], mean, noise
+        for place, (t, mean, noise) in known[key_of(row)].items():
             for name in (row["policy"], "all"):
-                found[name, i].append((row["policy"], *place))
+                found[name, place].append((row["policy"], row["group"], t, v[t], mean, noise))
     result = defaultdict(list)
-    for (name, _), places in sorted(found.items()):
-        policies, prompts, tokens, q, m, noise = map(np.array, zip(*places))
-        own = np.zeros(len(m))
+    for (name, place), here in sorted(found.items()):
+        policies, groups, tokens, q, m, noise = map(np.array, zip(*here))
+        error, constant = (q - m) ** 2 - noise, np.zeros(len(m))
         for policy in set(policies):
-            own[policies == policy] = m[policies == policy].mean()
-        error, constant = (q - m) ** 2 - noise, (own - m) ** 2 - noise
-        _, index = np.unique(prompts, return_inverse=True)
-        total, count = np.bincount(index, error), np.bincount(index)
-        picks = keyed_rng("bootstrap").integers(len(count), size=(draws, len(count)))
-        low, high = np.percentile(total[picks].sum(1) / count[picks].sum(1), [2.5, 97.5])
+            own = policies == policy
+            constant[own] = (m[own] - m[own].mean()) ** 2 * own.sum() / max(1, own.sum() - 1) - noise[own]
         root = lambda square: float(np.sqrt(max(0.0, square)))
-        result[name].append({"tokens": float(tokens.mean()), "answers": len(m), "value": float(q.mean()),
-                             "sampled": float(m.mean()), "rmse": root(error.mean()), "low": root(low),
-                             "high": root(high), "constant": root(constant.mean())})
+        low, high = map(root, bootstrap(error, groups))
+        result[name].append({"place": place, "tokens": float(tokens.mean()), "answers": len(m),
+                             "value": float(q.mean()), "sampled": float(m.mean()), "rmse": root(error.mean()),
+                             "low": low, "high": high, "constant": root(constant.mean())})
     return dict(result)
 
 
@@ -372,6 +377,7 @@ def evaluate_gvm(args, device):
     if args.unseen_data and not reference and not args.continuations:
         raise BadInput("--unseen_data is compared with --reference_fn or --continuations: give one, too.")
     gvm = open_gvm(args, device)
+    known = sampled_values(args.continuations, gvm)
     rows, pairs, pool, left_out = read_held_out(args.data, gvm, args)
     pairs = some(pairs, args.pairs, args.seed)
     if not pairs:
@@ -379,16 +385,23 @@ def evaluate_gvm(args, device):
     result = {"k": gvm.settings["k"], "left_out": left_out,
               "ranking": rank_pairs(gvm, pairs, pool, args.seed),
               "calibration": calibrate(gvm, rows, pairs, pool, args)}
-    known = sampled_values(args.continuations, gvm)
+    unmatched = set(known)
     for kind in ("seen", "unseen")[:1 + bool(args.unseen_data)]:
         if kind == "unseen":
             rows, _, pool, _ = read_held_out(args.unseen_data, gvm, args)
         if reference:
             exact = compare_with_reference(gvm, rows, pool, reference, args)
             result.setdefault("reference", {})[kind] = exact
-        if known:
+        here = known.keys() & set(map(key_of, rows))
+        unmatched -= here
+        if here:
             sampled = compare_with_continuations(gvm, rows, pool, known, args)
             result.setdefault("continuations", {})[kind] = sampled
+    if known and len(unmatched) == len(known):
+        raise BadInput(f"--continuations: none of their {len(known)} answers is a held-out one of --data or "
+                       f"--unseen_data; name the data that continuations.py read.")
+    if unmatched:
+        left_out["answers of --continuations that are not in the data"] = len(unmatched)
     return result
 
 
@@ -418,7 +431,7 @@ def show_gvm(result):
                  for name, found in {f"all ({ref['rows']} answers)": ref, **ref["policies"]}.items()], left=2)
     print_table("Values against those of sampled continuations, whose noise is taken out of the RMSE\n"
                 "constant: the RMSE of the policy's mean at that place, which knows the policy alone",
-                ["", "policy", "tokens\nread", "answers", "mean\nvalue", "mean of\nsampled", "RMSE",
+                ["", "policy", "place", "tokens\nread", "answers", "mean\nvalue", "mean of\nsampled", "RMSE",
                  "95 %\nfrom", "to", "constant"],
                 [[kind, name, *place.values()] for kind, found in result.get("continuations", {}).items()
                  for name, places in found.items() for place in places], left=2)
@@ -539,7 +552,7 @@ def policy_report(rows, first):
 
 def held_out_prompts(args):
     """{text: record} of the held-out prompts of --data, each once."""
-    records = {prompt_text(r["prompt"]): r for r in read_data(args.data, args.allow_dropped)}
+    records = {prompt_text(r["prompt"]): r for r in read_data(args.data, args.allow_dropped, needs="prompts")}
     return {text: r for text, r in records.items() if split_of(text, args.split_seed) == "test"}
 
 
@@ -692,14 +705,6 @@ def named_paths(flag, specs, stages, file, args):
     if not specs:
         raise BadInput(f"{runs} holds no {' or '.join(stages)} yet: train one, or give {flag} name=path.")
     return split_words(flag, specs)
-
-
-def split_words(flag, specs):
-    """[[name, path]] of name=path words."""
-    for spec in specs:
-        if not re.fullmatch("[^=]+=.+", spec):
-            raise BadInput(f"{flag} {spec}: expected name=path, as in dvpo=runs/toy/dvpo.")
-    return [spec.split("=", 1) for spec in specs]
 
 
 def main(argv=None):

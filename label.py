@@ -24,12 +24,8 @@ writes  runs/<model name>/labels.jsonl in the schema of openbmb/UltraFeedback, a
 """
 
 import functools
-import gc
-import hashlib
-import inspect
 import json
-import sys
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -38,24 +34,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import (chat_ids, generate, keyed_rng, load_policy, load_reward_model, load_reward_tokenizer,
-                    load_tokenizer, reward_scores, row_seed)
-from plumbing.args import load_numbers, parse_args
-from plumbing.checks import check_model, fingerprint
+from common import (chat_ids, generate, keyed_rng, load_policy, load_reward_tokenizer, load_tokenizer,
+                    row_seed)
+from plumbing.args import parse_args
+from plumbing.checks import check_model
 from plumbing.data import prompt_text, read_data, report_drops, split_of
 from plumbing.errors import BadInput
-from plumbing.files import read_rows, write_whole
-from plumbing.folders import take_lock
+from plumbing.files import write_whole
 from plumbing.inputs import reward_inputs, room
-from plumbing.kept import settings_that_differ
+from plumbing.policies import (SCORING, check_settings, check_system, digest, let_go, lock_file, policies_of,
+                               sampled_by, score, turns_for)
 from plumbing.ranks import init_distributed, print0
-from plumbing.rows import reward_chat, reward_fits
+from plumbing.rows import reward_fits
 from plumbing.texts import answer_text, ended, readable
 from plumbing.work import Kept, remove_kept
-from evaluate import split_words
 
 SHARES = ("sft", "value", "rl", "test")
-SCORING = {"reward", "answers"}  # settings that change no sampled answer
 
 
 @dataclass
@@ -81,53 +75,7 @@ class Args:
     local_rank: int = -1  # set by the deepspeed launcher
 
 
-# ---- policies, prompts and jobs ----------------------------------------------------------------------------
-
-Policy = namedtuple("Policy", "folder system temperature")
-
-
-def policies_of(words, temperatures):
-    """{name: Policy} of --policies. One without a temperature of its own is one at each of --temperatures."""
-    found = []
-    for word in words:
-        if word.endswith(".json"):
-            found += [entry_of(*row) for row in read_rows(word)]
-        else:
-            found += [(name, Policy(folder, "", None)) for name, folder in split_words("--policies", [word])]
-    crossed = [(name if policy.temperature is not None else f"{name}@{t:g}", policy._replace(temperature=t))
-               for name, policy in found
-               for t in ([policy.temperature] if policy.temperature is not None else temperatures)]
-    if len(dict(crossed)) < len(crossed):
-        raise BadInput("--policies: two of them have one name; give each its own.")
-    return dict(crossed)
-
-
-def entry_of(where, row):
-    """(name, Policy) of a row of a file of policies."""
-    name, folder, system, t = (row.get(key) for key in ("name", "model", "system", "temperature"))
-    number = isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t < float("inf")
-    if not (isinstance(name, str) and name and isinstance(folder, str) and folder
-            and isinstance(system, str | None) and (t is None or number)
-            and row.keys() <= {"name", "model", "system", "temperature"}):
-        raise BadInput(f'{where}: expected {{"name": "..", "model": "..", "system": "..", "temperature": '
-                       f"1.0}}, the last two where wanted.")
-    return name, Policy(folder, system or "", t)
-
-
-def turns_for(prompt, system):
-    """What a policy reads: the prompt's turns behind its own system prompt."""
-    return [{"role": "system", "content": system}, *prompt] if system else prompt
-
-
-def check_system(policies, tokenizers):
-    """A template that leaves system turns out would make several policies one."""
-    for name, policy in policies.items():
-        asked = [{"role": "user", "content": "a"}]
-        if policy.system and (readable(chat_ids, tokenizers[policy.folder], turns_for(asked, policy.system))
-                              in (None, chat_ids(tokenizers[policy.folder], asked))):
-            raise BadInput(f"--policies: {name} has a system prompt, which the chat template of "
-                           f"{policy.folder} leaves out; take another model or no system prompt.")
-
+# ---- prompts and jobs --------------------------------------------------------------------------------------
 
 def prompts_of(records, readers, args):
     """{text of the prompt: its record}, of the shares that are asked for, each prompt once.
@@ -187,46 +135,11 @@ def given_answers(prompts, args):
     return found
 
 
-# ---- settings ----------------------------------------------------------------------------------------------
-
-def digest(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
-
+# ---- sampling ----------------------------------------------------------------------------------------------
 
 def answer_key(text, policy):
     return digest([text, policy])
 
-
-def source_of(function):
-    """The file that `module:function` is in: a changed rule is another one."""
-    try:
-        return inspect.getsource(sys.modules[function.partition(":")[0]])
-    except (KeyError, OSError, TypeError):
-        return ""
-
-
-def check_settings(out, settings):
-    """Whether the file is finished already; BadInput where it was begun with other settings.
-
-    settings: {name: digest}. Of a file that is not finished only the sampling ones must be the same: another
-              reward model may score what is sampled
-    """
-    record = out.with_name(f"{out.name}.settings")
-    differ = settings_that_differ(record, settings, out)
-    finished = out.exists()
-    if differ is None and finished:
-        raise BadInput(f"--out {out}: exists, and was not written by label.py; name another file.")
-    binding = [key for key in differ or () if finished or key not in SCORING]
-    if binding:
-        raise BadInput(f"--out {out}: begun with other settings ({', '.join(differ)}); delete {record} and "
-                       f"{out}, or name another file.")
-    dist.barrier()  # all have looked, before the first one writes
-    if dist.get_rank() == 0 and differ != []:
-        write_whole(record, json.dumps(settings, indent=1))
-    return finished
-
-
-# ---- sampling and scoring ----------------------------------------------------------------------------------
 
 def sample(folder, policies, jobs, prompts, kept, args, device):
     """Append the answers of the policies that are this folder's to `kept`."""
@@ -247,42 +160,6 @@ def sample(folder, policies, jobs, prompts, kept, args, device):
                  "truncated": not ended(tokenizer, y)} for text, y in zip(part, found)]
     for name, texts in todo.items():
         kept.work(texts, args.micro_batch, functools.partial(answer, name=name), name, device)
-
-
-def let_go():
-    """Free the memory of the last model at once: the next one needs it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def score(answers, prompts, kept, args, reward_model, device):
-    """Append the score of each answer to `kept`; answers: {key: (text of the prompt, policy, answer,
-    truncated)}. Our reward models read them as complete answers, EOS behind them, as every stage will."""
-    todo = [key for key in answers if key not in kept.rows]
-    if not todo:
-        return
-    if reward_model is None:
-        plug = load_numbers(args.reward_fn, "--reward_fn")
-
-        def by_function(part):
-            rows = [{"prompt": prompts[text]["prompt"], "group": prompts[text]["group"], "response": answer,
-                     "truncated": cut} for text, _, answer, cut in map(answers.get, part)]
-            return [{"key": key, "score": x} for key, x in zip(part, plug(rows, None, None))]
-        return kept.work(todo, args.micro_batch, by_function, "scores", device)
-    model, tokenizer, *_ = load_reward_model(reward_model, getattr(torch, args.dtype))
-    model = model.to(device)
-
-    def scores(part):
-        chats = [reward_chat(tokenizer, prompts[a[0]]["prompt"], *a[2:]) for a in map(answers.get, part)]
-        found = reward_scores(model, tokenizer, chats, device, args.micro_batch)
-        if not np.isfinite(found).all():
-            bad = next(chat for chat, x in zip(chats, found) if not np.isfinite(x))
-            raise BadInput(f"--reward_model {reward_model}: its score of an answer to "
-                           f"{bad[0][-1]['content'][:80]!r} is not finite; take another, or --dtype float32 "
-                           f"(which samples anew).")
-        return [{"key": key, "score": x} for key, x in zip(part, found)]
-    kept.work(todo, args.micro_batch, scores, "scores", device)
 
 
 def answers_to_score(found, prompts, tokenizer, args):
@@ -360,22 +237,17 @@ def main(args):
         check_model(folder, tokenizer, "--policies", *room(args))
     check_system(policies, tokenizers)
     rm_tokenizer = load_reward_tokenizer(reward_model) if reward_model else None
-    readers = {(policy.folder, policy.system): tokenizers[policy.folder] for policy in policies.values()}
+    readers = [(tokenizers[folder], system) for folder, system in dict.fromkeys(
+        (policy.folder, policy.system) for policy in policies.values())]
+    readers += [(rm_tokenizer, "")] if reward_model else []
     out = Path(args.out or Path("runs") / Path(args.model).name / "labels.jsonl")
-    if out.is_dir() or not out.name:
-        raise BadInput(f"--out {out} is a folder: name a file in it.")
-    take_lock(out.with_name(f".{out.name}.lock"), f"--out {out}")
+    lock_file(out)
 
     records = read_data(args.data, args.allow_dropped, log=print0, needs="prompts")
-    prompts = prompts_of(records, [*((tokenizer, system) for (_, system), tokenizer in readers.items()),
-                                   *([(rm_tokenizer, "")] if reward_model else [])], args)
+    prompts = prompts_of(records, readers, args)
     jobs, given = sampling_jobs(prompts, policies, args), given_answers(prompts, args)
-    weights = {folder: fingerprint(folder) for folder in tokenizers}
-    settings = {"reward": (f"{reward_model} {fingerprint(reward_model)}" if reward_model else
-                           [args.reward_fn, source_of(args.reward_fn)]), "answers": given,
-                "policies": {name: [*policy, weights[policy.folder]] for name, policy in policies.items()},
-                "jobs": jobs, "prompts": list(prompts),
-                "response_length": args.response_length, "dtype": args.dtype, "seed": args.seed}
+    settings = {**sampled_by(policies, tokenizers, reward_model, args), "answers": given, "jobs": jobs,
+                "prompts": list(prompts)}
     digests = {name: digest(value) for name, value in settings.items()}
     if check_settings(out, digests):
         remove_kept(out)  # left by a run that was killed when it had written all

@@ -232,7 +232,8 @@ def batch_of_step(train, tau_source, step, k, run):
     All rows of a policy have one tau, which is about other things than any of them (`group`). tau is longer
     than they are, and read once for those in one forward pass: so a policy's rows stand together, on one rank
     where they can, and beside policies with about as many tokens. Without tau, rows of like length do.
-    k is a mean: in between, some policies have a pair more. All at once forgot what was learned without tau.
+    k is a mean: where it is no integer, some policies get a pair more than others. When all got their first
+    one at the same step, what had been learned without tau was forgotten on one seed of four.
     """
     args, by_policy, packs = run.args, defaultdict(list), []
     for i in rows_of_step([row["policy"] for row in train], step, args):
@@ -255,6 +256,8 @@ def load_model(sft, config, args):
     import deepspeed
     from peft import get_peft_model
     model = load_value_base(sft, dtype_of(config))
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("sdpa_in_parts")  # see lean.pack
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     head = "score" if hasattr(model, "score") else "classifier"

@@ -115,6 +115,14 @@ LIMITS = {  # flag: smallest and largest value, in every script that has it
     "parallel": (1, 1000), "retries": (0, 100), "timeout": (0.01, 1e6), "judge_tokens": (1, 1e6)}
 
 
+def split_words(flag, specs):
+    """[[name, path]] of name=path words."""
+    for spec in specs:
+        if not re.fullmatch("[^=]+=.+", spec):
+            raise BadInput(f"{flag} {spec}: expected name=path, as in dvpo=runs/toy/dvpo.")
+    return [spec.split("=", 1) for spec in specs]
+
+
 def load_numbers(spec, flag):
     """load_plug of a function that gives a number for each row; BadInput where it gives anything else."""
     plug = load_plug(spec, flag)

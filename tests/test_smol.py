@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-import label
 from conftest import ROOT
 from plumbing.data import split_of
+from plumbing.policies import policies_of
 from smol.defaults import DEFAULTS, LABELS, SPLIT_SEED, UNSEEN
 from smol.make import CHAT_TEMPLATE, prompts
 
@@ -22,7 +22,7 @@ def test_there_are_prompts_enough_and_each_is_one_of_its_kind():
 
 
 def test_the_policies_are_models_of_this_world_with_system_prompts():
-    seen, unseen = (label.policies_of([str(ROOT / "smol" / name)], [1.0])
+    seen, unseen = (policies_of([str(ROOT / "smol" / name)], [1.0])
                     for name in ("policies.json", "unseen_policies.json"))
     assert len(seen) >= 4 and len(unseen) >= 2 and not seen.keys() & unseen.keys()
     prompts_of = [policy.system for policy in (*seen.values(), *unseen.values())]
