@@ -1,5 +1,5 @@
-"""What train_dvpo.py, train_ppo.py and train_remax.py share and what is not their method: the reward model or
-function, the self-check, samples, and the metrics that all of them log."""
+"""What the scripts that sample share and what is not their method: the reward model or function, the
+self-check, samples, and the metrics that all of them log."""
 
 import json
 from itertools import zip_longest

@@ -28,7 +28,7 @@ DEFAULTS = {
                   "k": 4, "tau_question_tokens": 20, "tau_answer_tokens": 32, "lr": 5e-4, "epochs": 2},
     "train_rm": {**OFFLINE, "lora_dropout": 0.0, "pairs": "all", "lr": 2e-4},
     "train_dpo": {**OFFLINE, "pairs": "all", "lora_r": 16, "beta": 0.1, "lr": 1e-4},
-    "train_dvpo": {**RL, "ppo_epochs": 2}, "train_remax": RL,
+    "train_dvpo": {**RL, "ppo_epochs": 2}, "train_remax": RL, "train_grpo": {**RL, "ppo_epochs": 2},
     "train_ppo": {**RL, "ppo_epochs": 2, "critic_lr": 5e-4},
     "evaluate": {"split_seed": SPLIT_SEED, "data": LABELS, "dtype": "float32", "temperature": 0.7,
                  "micro_batch": 16, "pairs": 300, "truth_fn": "smol.sentiment:compound",

@@ -196,6 +196,8 @@ def flags(models_folder, data):
              "accum_steps": 1, "ppo_epochs": 2, "max_steps": 3, "lr": 1e-3, "critic_lr": 1e-3},
         remax={**common, "max_prompt_length": 32, "response_length": 6, "rollout_batch": 4, "micro_batch": 2,
                "accum_steps": 1, "max_steps": 3, "lr": 1e-3},
+        grpo={**common, "max_prompt_length": 32, "response_length": 6, "rollout_batch": 4, "group_size": 2,
+              "micro_batch": 2, "accum_steps": 1, "ppo_epochs": 2, "max_steps": 3, "lr": 1e-3},
         dpo={**common, "max_length": 64, "batch_size": 4, "micro_batch": 2, "max_steps": 6, "lr": 1e-3,
              "beta": 0.5})
 

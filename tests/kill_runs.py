@@ -92,10 +92,10 @@ def kill_and_resume(name, words, ranks, kills, folder, rng):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=10, help="of train_dvpo, train_ppo and train_remax")
+    parser.add_argument("--kills", type=int, default=10, help="of the stages that sample")
     parser.add_argument("--other_kills", type=int, default=3, help="of the other stages")
     parser.add_argument("--only", nargs="*", help="stages",
-                        default=["sft", "gvm", "rm", "dpo", "dvpo", "ppo", "remax"])
+                        default=["sft", "gvm", "rm", "dpo", "dvpo", "ppo", "remax", "grpo"])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="of those that have --kills")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
@@ -112,10 +112,11 @@ def main():
         commands = {"sft": [*sft, *plain, "--lora_r", 4], "gvm": ["train_gvm.py", *data, *plain],
                     "rm": ["train_rm.py", *data, *plain], "dpo": ["train_dpo.py", *data, *short],
                     "remax": ["train_remax.py", *rl, "--reward_model", folder / "rm"],
+                    "grpo": ["train_grpo.py", *rl, "--reward_model", folder / "rm"],
                     "dvpo": ["train_dvpo.py", *rl, "--value_model", folder / "gvm"],
                     "ppo": ["train_ppo.py", *rl, "--reward_model", folder / "rm"]}
         for name in args.only:
-            trainer = name in ("dvpo", "ppo", "remax")
+            trainer = name in ("dvpo", "ppo", "remax", "grpo")
             for ranks in args.ranks if trainer else [1]:
                 zero = ["--ds_config", "ds_configs/zero3.json"] if ranks > 1 else []
                 same &= kill_and_resume(name, [*commands[name], *zero], ranks,

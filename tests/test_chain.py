@@ -126,8 +126,8 @@ def test_the_baseline_under_zero3(world, sft, rm):
 
 @pytest.mark.slow
 def test_the_other_rows_of_the_comparison_under_zero3(world, sft, rm):
-    """train_remax and train_dpo: ratio 1, KL 0 and a loss of log 2 before the first update, and a policy that
-    has moved after it. DPO's reference is gathered over both ranks."""
+    """train_remax, train_grpo, train_dpo: ratio 1, KL 0 and a loss of log 2 before the first update, and a
+    policy that has moved after it. DPO's reference is gathered over both ranks."""
     from safetensors.torch import load_file
     data = ["--sft_model", sft, "--data", world / "toy/preferences.jsonl",
             "--ds_config", "ds_configs/zero3.json", "--lr", 1e-2]
@@ -138,14 +138,21 @@ def test_the_other_rows_of_the_comparison_under_zero3(world, sft, rm):
     first, second = rows_of(world / "remax")
     assert first["objective/kl"] == 0 and second["objective/kl"] != 0 and "eval/scores" in second
     assert first["grad_norm"] > 0 and first["policy/updates"] > 0
+    text = launch("train_grpo.py", *data, "--reward_model", rm, "--rollout_batch", 4, "--micro_batch", 2,
+                  "--response_length", 8, "--max_steps", 2, "--eval_prompts", 4, "--group_size", 2,
+                  "--output_dir", world / "grpo")
+    assert "max |ratio - 1| 0.0e+00" in text and "KL 0.0e+00" in text
+    first, second = rows_of(world / "grpo")
+    assert first["objective/kl"] == 0 and second["objective/kl"] != 0 and "eval/scores" in second
     text = launch("train_dpo.py", *data, "--max_steps", 2, "--batch_size", 8, "--micro_batch", 2,
                   "--eval_pairs", 7, "--output_dir", world / "dpo")
     assert "reference: log-probs of 23 pairs in" in text  # an odd number, on two ranks
     first, second = rows_of(world / "dpo")
     assert abs(first["loss"] - 0.6931) < 0.02 and second["loss"] != first["loss"]  # in bf16
     assert 0 <= second["eval/accuracy"] <= 1 and first["grad_norm"] > 0
-    weights = {name: load_file(world / name / "model.safetensors") for name in ("sft", "remax", "dpo")}
-    for name in ("remax", "dpo"):
+    methods = ("remax", "grpo", "dpo")
+    weights = {name: load_file(world / name / "model.safetensors") for name in ("sft", *methods)}
+    for name in methods:
         assert any(not w.equal(weights[name][key]) for key, w in weights["sft"].items())
 
 

@@ -21,6 +21,7 @@ import report
 import sft
 import train_dpo
 import train_dvpo
+import train_grpo
 import train_gvm
 import train_ppo
 import train_remax
@@ -70,6 +71,7 @@ def world(flags, chain, baseline, tmp_path, monkeypatch):
                train_dvpo: {**flags.dvpo, "value_model": chain.gvm, **on_sft},
                train_ppo: {**flags.ppo, "reward_model": baseline.rm, **on_sft},
                train_remax: {**flags.remax, "reward_model": baseline.rm, **on_sft},
+               train_grpo: {**flags.grpo, "reward_model": baseline.rm, **on_sft},
                train_dpo: {**flags.dpo, **on_sft}})
 
 
@@ -439,6 +441,12 @@ FLAGS = [
     (train_dpo, {"critic_lr": 1}, "--critic_lr"),
     *((train_remax, changes, "--rollout_batch .*--micro_batch .*--accum_steps")
       for changes in ({"rollout_batch": 3}, {"accum_steps": 0})),
+    (train_grpo, {"rollout_batch": 6, "group_size": 4}, "--rollout_batch 6 .*--group_size 4"),
+    (train_grpo, {"group_size": 1}, "--group_size 1"),
+    (train_grpo, {"ppo_epochs": 0}, "--ppo_epochs 0"),
+    (train_grpo, {"loss_mean": "sum"}, "--loss_mean"),
+    (train_grpo, {"cliprange": 0}, "--cliprange 0"),
+    (train_grpo, lambda w: {"reward_model": short_reward_model(w)}, "38 tokens .* 32 of --reward_model"),
     (train_remax, {"max_steps": 0}, "--max_steps 0"),
     (train_remax, {"temperature": 0}, "--temperature 0"),
     (train_remax, {"ppo_epochs": 2}, "--ppo_epochs"),

@@ -17,6 +17,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 import sft
 import train_dpo
 import train_dvpo
+import train_grpo
 import train_gvm
 import train_ppo
 import train_remax
@@ -100,6 +101,7 @@ def names_of(chain):
     (train_ppo, "share_models", {"lora_r": 2, "share_base": True}, {"policy": "shared"}),
     (train_remax, "load_models", {}, {"policy": "policy"}),
     (train_remax, "load_models", {"lora_r": 2}, {"policy": "lora policy"}),
+    (train_grpo, "load_models", {}, {"policy": "policy"}),
     (train_dpo, "load_model", {}, {"": "policy"}),
     (train_dpo, "load_model", {"lora_r": 2}, {"": "lora policy"}),
     (train_gvm, "load_model", {}, {"": "lora values"}),
@@ -127,7 +129,7 @@ def test_what_is_meant_to_learn_asks_for_gradients_and_nothing_else(stage, load,
         return result
     monkeypatch.setattr(stage, load, noted)
     folders = {"dvpo": {"value_model": chain.gvm}, "ppo": {"reward_model": baseline.rm},
-               "remax": {"reward_model": baseline.rm}}.get(name, {})
+               "remax": {"reward_model": baseline.rm}, "grpo": {"reward_model": baseline.rm}}.get(name, {})
     run_stage(stage, **{**getattr(flags, name), "max_steps": 1, **changes}, **folders, sft_model=chain.sft,
               output_dir=tmp_path)
     meant = {role: names_of(chain)[part] for role, part in wanted.items()}

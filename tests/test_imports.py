@@ -11,8 +11,8 @@ def test_importing_a_stage_touches_nothing(tmp_path):
     code = ("import socket;"
             " socket.socket.connect = lambda *a: (_ for _ in ()).throw(RuntimeError('network'));"
             f"import sys; sys.path.insert(0, {str(ROOT)!r});"
-            " import sft, train_rm, train_gvm, train_dvpo, train_ppo, train_remax, train_dpo, label;"
-            " import continuations, evaluate, judge, report;"
+            " import sft, train_rm, train_gvm, train_dvpo, train_ppo, train_remax, train_grpo, train_dpo;"
+            " import label, continuations, evaluate, judge, report;"
             " import torch;"
             "assert not torch.distributed.is_initialized()")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)

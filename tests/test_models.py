@@ -18,6 +18,7 @@ import evaluate
 import judge
 import sft
 import train_dvpo
+import train_grpo
 import train_gvm
 import train_ppo
 import train_remax
@@ -123,7 +124,8 @@ def test_the_self_check_checks(change, wrong, capsys):
     assert "self-check: max |ratio - 1|" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage, name", [(train_dvpo, "dvpo"), (train_ppo, "ppo"), (train_remax, "remax")])
+@pytest.mark.parametrize("stage, name", [(train_dvpo, "dvpo"), (train_ppo, "ppo"), (train_remax, "remax"),
+                                         (train_grpo, "grpo")])
 def test_an_overlooked_dropout_ends_the_run(stage, name, chain, baseline, flags, tmp_path, monkeypatch):
     folder = copy_of(chain.sft, tmp_path / "sft")
     edit_json(folder / "config.json", attention_dropout=0.5)

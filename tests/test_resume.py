@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import sft
 import train_dpo
 import train_dvpo
+import train_grpo
 import train_gvm
 import train_ppo
 import train_remax
@@ -29,7 +30,7 @@ from plumbing import checkpoint, log, ranks
 from plumbing.errors import BadInput
 
 STAGES = {"sft": sft, "gvm": train_gvm, "dvpo": train_dvpo, "rm": train_rm, "ppo": train_ppo,
-          "remax": train_remax, "dpo": train_dpo}
+          "remax": train_remax, "grpo": train_grpo, "dpo": train_dpo}
 
 
 class PowerCut(Exception):
@@ -71,6 +72,7 @@ def flags_of(name, flags, chain, baseline, **changes):
              "dvpo": {"value_model": chain.gvm, "sample_every": 2, "kl_horizon": 20},
              "ppo": {"reward_model": baseline.rm, "sample_every": 2, "critic_warmup": 1},
              "remax": {"reward_model": baseline.rm, "sample_every": 2, "kl_horizon": 20},
+             "grpo": {"reward_model": baseline.rm, "sample_every": 2, "kl_horizon": 20},
              "dpo": {"eval_every": 2}}[name]
     sft_model = {} if name == "sft" else {"sft_model": chain.sft}
     return {**getattr(flags, name), "max_steps": 6, **sft_model, **extra, "save_every": 2, **changes}

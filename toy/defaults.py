@@ -23,7 +23,7 @@ DEFAULTS = {
                  "lr": 1e-3, "max_steps": 600, "epochs": 1000, "batch_size": 64, "micro_batch": 64},
     "train_dvpo": {**RL, "lr": 1e-4},
     "train_ppo": {**RL, "lr": 1e-4, "critic_lr": 1e-3},
-    "train_remax": {**RL, "lr": 2e-4},
+    "train_remax": {**RL, "lr": 2e-4}, "train_grpo": {**RL, "lr": 2e-4},
     "train_dpo": {**COMMON, "data": "toy/build/preferences.jsonl", "pairs": "all", "beta": 2.0, "lr": 1e-4,
                   "max_steps": 300, "epochs": 1000, "batch_size": 64, "micro_batch": 64},
     "label": {"split_seed": SPLIT_SEED, "data": "toy/build/preferences.jsonl", "dtype": "float32",

@@ -17,6 +17,7 @@ import pytest
 from deepspeed.launcher import runner
 
 import train_dpo
+import train_grpo
 import train_remax
 from conftest import ROOT, run_stage
 from plumbing.args import RunArgs, command_args, parse_args
@@ -27,8 +28,8 @@ TEXTS = {path: path.read_text() for path in PAGES}
 ALL = "\n".join(TEXTS.values())
 SOURCES = {path: path.read_text() for path in ROOT.rglob("*.py")
            if not {".venv", "runs", "build"} & set(path.relative_to(ROOT).parts)}
-SCRIPTS = ("sft", "train_rm", "train_gvm", "train_dvpo", "train_ppo", "train_remax", "train_dpo", "label",
-           "continuations")
+SCRIPTS = ("sft", "train_rm", "train_gvm", "train_dvpo", "train_ppo", "train_remax", "train_grpo",
+           "train_dpo", "label", "continuations")
 COMMAND = re.compile(r"^(?:\$ )?(?:\w+=\S+ )*((?:python3?|deepspeed|make) .*)")
 OWN = re.compile(r"my|script\.py|pytest|pip|ruff")  # a reader's own, any of the scripts, or no script of ours
 of_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -219,10 +220,12 @@ def test_every_logged_metric_is_in_the_table(chain, baseline, flags, tmp_path):
     """Keys of the metrics.jsonl files of every stage, each with a row in docs/metrics.md."""
     run_stage(train_remax, **flags.remax, sft_model=chain.sft, reward_model=baseline.rm,
               output_dir=tmp_path / "remax")
+    run_stage(train_grpo, **flags.grpo, sft_model=chain.sft, reward_model=baseline.rm,
+              output_dir=tmp_path / "grpo")
     run_stage(train_dpo, **flags.dpo, sft_model=chain.sft, output_dir=tmp_path / "dpo")
     rows = re.findall(r"^\|([^|]*)\|", (ROOT / "docs/metrics.md").read_text(), re.M)
     table = {name for row in rows for name in re.findall(r"`([\w/]+)`", row)}
     for folder in (chain.sft, chain.gvm, chain.dvpo, baseline.rm, baseline.ppo, tmp_path / "remax",
-                   tmp_path / "dpo"):
+                   tmp_path / "grpo", tmp_path / "dpo"):
         for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
             assert set(json.loads(line)) <= table, set(json.loads(line)) - table

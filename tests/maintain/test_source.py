@@ -11,6 +11,7 @@ import pytest
 
 import train_dpo
 import train_dvpo
+import train_grpo
 import train_gvm
 import train_ppo
 import train_remax
@@ -30,7 +31,7 @@ def name_of(path):
 # ---- sizes ----
 
 LINES = {"common.py": 440, "train_dvpo.py": 420, "train_ppo.py": 460, "train_remax.py": 380,
-         "train_gvm.py": 350}
+         "train_grpo.py": 380, "train_gvm.py": 350}
 OLDER = {"judge.py", "evaluate.py", "results/run.py", "tests/test_alignment.py", "tests/test_data.py",
          "tests/test_errors.py", "tests/test_evaluate.py", "tests/test_judge.py", "tests/test_label.py",
          "tests/test_ppo.py", "tests/test_resume.py"}  # than the limit of 400 for all others
@@ -47,11 +48,12 @@ def test_no_line_is_longer_than_110():
                 for number, line in enumerate(path.read_text().splitlines(), start=1) if len(line) > 110]
 
 
-def test_ppo_and_dvpo_differ_in_few_lines():
+@pytest.mark.parametrize("one, other, lines", [("train_ppo.py", "train_dvpo.py", 320),
+                                               ("train_remax.py", "train_grpo.py", 150)])
+def test_siblings_differ_in_few_lines(one, other, lines):
     """What `diff` shows is what a reader compares."""
-    shown = subprocess.run(["diff", "train_ppo.py", "train_dvpo.py"], cwd=ROOT, text=True,
-                           capture_output=True).stdout
-    assert 0 < sum(line[0] in "<>" for line in shown.splitlines()) <= 320
+    shown = subprocess.run(["diff", one, other], cwd=ROOT, text=True, capture_output=True).stdout
+    assert 0 < sum(line[0] in "<>" for line in shown.splitlines()) <= lines
 
 
 # ---- imports ----
@@ -82,6 +84,9 @@ def test_nothing_depends_on_the_toy():
                              "self_check", "warn", "rl_prompts", "rl_inputs")),
     (train_ppo, train_remax, ("token_rewards", "next_kl_coef", "response_logprobs", "row_seed", "rollout",
                               "load_reward", "rl_prompts", "rl_inputs")),
+    (train_ppo, train_grpo, ("policy_loss",)),
+    (train_remax, train_grpo, ("token_rewards", "next_kl_coef", "response_logprobs", "rollout",
+                               "load_models")),
     (train_rm, train_dpo, ("wins", "learning_rate", "preference_rows")),
     (train_rm, train_gvm, ("learning_rate",))])
 def test_what_siblings_share_is_the_same_text(one, other, names):
@@ -92,11 +97,14 @@ def test_what_siblings_share_is_the_same_text(one, other, names):
 
 def test_the_flags_of_siblings_differ_in_the_method_alone():
     flags = {module: set(module.Args.__dataclass_fields__)
-             for module in (train_ppo, train_remax, train_rm, train_dpo)}
+             for module in (train_ppo, train_remax, train_grpo, train_rm, train_dpo)}
     assert flags[train_remax] < flags[train_ppo]
     assert flags[train_ppo] - flags[train_remax] == {
         "critic_model", "critic_lr", "critic_warmup", "share_base", "gae_lam", "cliprange", "cliprange_value",
         "ppo_epochs", "early_stop_kl"}
+    assert flags[train_grpo] - flags[train_remax] == {"group_size", "std_norm", "loss_mean", "ppo_epochs",
+                                                      "cliprange"}
+    assert flags[train_remax] < flags[train_grpo]
     assert flags[train_dpo] - flags[train_rm] == {"beta", "label_smoothing"}
     assert flags[train_rm] - flags[train_dpo] == {"lora_dropout"}
 
@@ -117,6 +125,7 @@ SHARED = {  # part of a script that may have six or more equal lines in a row in
     "score": "the second of these steps; what is scored differs",
     "update": "the fourth of these steps; the losses differ",
     "held_out": "what is sampled is the same, what is measured differs",
+    "Models": "what load_models returns",
     "load_model": "what is trained, and of which weights",
     "load_models": "what is trained, and of which weights",
     "main": "the loop, which is to be read from top to bottom",
