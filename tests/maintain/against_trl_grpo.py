@@ -4,12 +4,15 @@
     PYTHONPATH=/tmp/trl16 python tests/maintain/against_trl_grpo.py
 
 TRL is not a dependency. Its trainer is built on a random Llama, without a KL term (beta 0); its own
-_compute_loss is the loss. loss_type "bnpo" is our --loss_mean token, "grpo" is --loss_mean answer; its
-scale_rewards "group" is our --std_norm True and "none" is False.
+_compute_loss is the loss, and its own lines, cut out of the file, make the advantages. loss_type "bnpo" is
+our --loss_mean token, "grpo" is --loss_mean answer; its scale_rewards "group" is our --std_norm True, "none"
+is False.
 """
 
+import inspect
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +27,12 @@ from plumbing.lean import LogProbs
 from datasets import Dataset
 from toy.make import make_tokenizer
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer
 
 CLIP, TEMPERATURE = 0.2, 0.8
+SOURCE = inspect.getsource(grpo_trainer)
+FIRST = SOURCE.index("mean_grouped_rewards = torch.nanmean(")
+ADVANTAGES = textwrap.dedent(" " * 12 + SOURCE[FIRST:SOURCE.index("is_std_zero = ", FIRST)])
 
 
 def random_model(seed, tokenizer, folder):
@@ -46,11 +53,9 @@ def theirs(policy, batch, old, rewards, group, loss_type, scale, folder):
                         bf16=False, per_device_train_batch_size=len(rewards), gradient_checkpointing=False),
         processing_class=PreTrainedTokenizerFast.from_pretrained(policy),
         train_dataset=Dataset.from_dict({"prompt": ["a"] * 2 * len(rewards)}))
-    grouped = rewards.view(-1, group)  # as in its _generate_and_score_completions
-    advantages = (grouped - grouped.mean(1, keepdim=True)).view(-1)
-    if scale == "group":
-        advantages = advantages / (grouped.std(1).repeat_interleave(group) + 1e-4)
-    P = batch.P
+    trl = {**vars(grpo_trainer), "self": trainer, "rewards": rewards, "num_generations": group}
+    exec(ADVANTAGES, trl)
+    P, advantages = batch.P, trl["advantages"]
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.eval()
     loss = trainer._compute_loss(trainer.model, {
