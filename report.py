@@ -9,7 +9,8 @@ What it shows, as far as it is given:
              and how far it moves for that
   tables     what evaluate.py gvm, evaluate.py policy and judge.py wrote with --json; accuracies and win rates
              with their 95 % intervals as bars
-  answers    of several policies to the same questions, side by side
+  answers    of several policies to the same questions, side by side: files of judge.py generate, one for each
+             policy, or what `evaluate.py policy --out` wrote, with its scores
   values     the value of every token of two or more answers (Figure 4), from `evaluate.py values --json`
 Every text is escaped, and the page's first lines forbid scripts and requests.
 """
@@ -24,9 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.args import parse_args
-from plumbing.data import text_of
+from plumbing.data import prompt_text, text_of
 from plumbing.errors import BadInput, one_line
-from plumbing.files import check_place, read_object, write_whole
+from plumbing.files import check_place, read_object, read_rows, write_whole
 from plumbing.kept import check_ours
 from plumbing.page import limit_of, token_spans
 from evaluate import draw_band, named_paths, read_metrics, split_words
@@ -41,7 +42,7 @@ class Args:
     reward: str = "objective/true_reward"  # the reward that the frontier shows over objective/kl
     tables: list[str] = field(default_factory=list)  # files of --json of evaluate.py gvm, policy and judge.py
     values: list[str] = field(default_factory=list)  # files of evaluate.py values --json
-    answers: list[str] = field(default_factory=list)  # name=file of judge.py generate, one for each policy
+    answers: list[str] = field(default_factory=list)  # name=file of judge.py generate, or evaluate.py --out
     questions: str = ""  # MT-Bench's question file, where --answers are MT-Bench's
     examples: int = 5  # questions whose answers are shown
     title: str = "Runs"  # headline of the page
@@ -257,10 +258,12 @@ def answers_section(args):
     if not args.answers:
         return []
     questions = {q["id"]: q["turns"] for q in read_questions(args.questions)[1]} if args.questions else None
-    named = split_words("--answers", args.answers)
-    if len(dict(named)) < len(named):
+    named = split_words("--answers", [word for word in args.answers if "=" in word])
+    found = [(name, read_answers(path, questions)) for name, path in named]
+    found += [pair for word in args.answers if "=" not in word for pair in evaluated_answers(word)]
+    answers = dict(found)
+    if len(answers) < len(found):
         raise BadInput("--answers: two of them have one name; give each its own.")
-    answers = {name: read_answers(path, questions) for name, path in named}
     shared = [i for i in next(iter(answers.values())) if all(i in found for found in answers.values())]
     if not shared:
         raise BadInput("--answers: the files have no question in common; give answers to the same questions.")
@@ -268,11 +271,26 @@ def answers_section(args):
     for i in shared[:args.examples]:
         for turn, question in enumerate(next(iter(answers.values()))[i]["turns"]):
             parts += [f"<p><b>{escape(question)}</b></p>", '<div class="side">']
-            parts += [f'<div><small>{escape(name)}</small><div class="text">'
+            parts += [f'<div><small>{escape(name + found[i].get("scores", ""))}</small><div class="text">'
                       f'{escape(found[i]["answers"][turn]) or "(empty)"}</div></div>'
                       for name, found in answers.items()]
             parts.append("</div>")
     return parts
+
+
+def evaluated_answers(path):
+    """[(policy, {prompt: an answer as of read_answers, and its scores})] of what evaluate.py policy --out
+    wrote."""
+    found = defaultdict(dict)
+    for where, row in read_rows(path):
+        try:
+            scores = "".join(f", {name} {float(x):+.2f}" for name, x in row["scores"].items())
+            found[row["policy"]][prompt_text(row["prompt"])] = {
+                "turns": [row["prompt"][-1]["content"]], "answers": [row["response"]], "scores": scores}
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
+            raise BadInput(f"{where}: not a row of evaluate.py policy --out ({one_line(repr(e))}); give one, "
+                           f"or name=file of judge.py generate.") from None
+    return found.items()
 
 
 def values_section(args):

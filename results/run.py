@@ -1,6 +1,6 @@
 """The runs behind the tables of the README and of results/README.md, on the toy world, one command each.
 
-    python results/run.py compare          SFT, DPO, ReMax, PPO and DVPO, 5 seeds (what `make compare` does)
+    python results/run.py compare          the six methods, 5 seeds (what `make compare` does)
     python results/run.py pipeline         what all stages cost until a true reward is reached
     python results/run.py baseline         PPO with room, against exact advantages
     python results/run.py advantage        (a) --advantage x where the values come from, and PPO
@@ -265,9 +265,9 @@ def save_table(name, settings, columns, decimals=3):
 # ---- the comparison ----------------------------------------------------------------------------------------
 
 # The best of five for each, on a seed that is not used again, see lr(); DPO's beta, see beta()
-CHOSEN = {"DPO": ["--lr", 1e-4, "--beta", 2.0], "ReMax": ["--lr", 2e-4], "PPO": ["--lr", 1e-4],
-          "DVPO": ["--lr", 2e-4]}
-STEPS = 80  # rollout batches of PPO and DVPO; ReMax has half as many, of two answers to a prompt each
+CHOSEN = {"DPO": ["--lr", 1e-4, "--beta", 2.0], "ReMax": ["--lr", 2e-4], "GRPO": ["--lr", 2e-4],
+          "PPO": ["--lr", 1e-4], "DVPO": ["--lr", 2e-4]}
+STEPS = 80  # rollout batches; ReMax has half as many, of two answers to a prompt each
 KL = ["--kl_target", 0.4, "--kl_horizon", 500]
 
 
@@ -275,17 +275,16 @@ def method(grid, name, folder, seed, flags):
     """A run of one of the methods from SFT model 1; those that sample take the same number of answers."""
     if name == "DPO":
         return grid.dpo(folder, seed, 1, *flags)
-    if name in ("PPO", "ReMax"):
+    if name in ("PPO", "ReMax", "GRPO"):
         steps = STEPS // 2 if name == "ReMax" else STEPS
-        return grid.ppo(folder, seed, 1, "--max_steps", steps, *KL, *flags,
-                        script="train_remax" if name == "ReMax" else "train_ppo")
+        return grid.ppo(folder, seed, 1, "--max_steps", steps, *KL, *flags, script=f"train_{name.lower()}")
     return grid.dvpo(folder, seed, 1, "--max_steps", STEPS, *KL, *flags, values=grid.gvm(1))
 
 
 def compare(grid, seeds):
-    """SFT, DPO, ReMax, PPO and DVPO from one SFT policy, seeds of prompts and sampling. DPO and the reward
-    model see every pair of unequal scores among the answers whose scores the GVM sees; of DVPO there is a
-    second row, whose GVM sees one preference pair of each four answers."""
+    """All methods from one SFT policy, seeds of prompts and sampling. DPO and the reward model see every pair
+    of unequal scores among the answers whose scores the GVM sees; of DVPO there is a second row, whose GVM
+    sees one preference pair of each four answers."""
     started = time.time()
     models = {"reward model": grid.rm(1), "GVM": grid.gvm(1),
               "GVM of pairs": grid.gvm(1, "--reward", "preference")}

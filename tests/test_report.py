@@ -1,5 +1,6 @@
 """report.py: everything it is given is on the page, nothing on it runs or is fetched."""
 
+import html
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 import report
+from conftest import write_jsonl
 from plumbing.errors import BadInput
 
 EVIL = ("<script>document.title = 'owned'; alert(1)</script>"
@@ -104,12 +106,31 @@ def test_in_a_real_browser(given, tmp_path, width):
     assert found <= width
 
 
+def evaluated(*names):
+    """Rows as evaluate.py policy --out writes them."""
+    return [{"policy": name, "prompt": [{"role": "user", "content": f"question {i}"}],
+             "response": f"{name} {i}", "scores": {"truth": 0.25 * i}} for name in names for i in range(3)]
+
+
+def test_answers_of_an_evaluation_have_their_scores(tmp_path):
+    file = write_jsonl(tmp_path / "answers.jsonl", evaluated("start", EVIL))
+    report.main(["--answers", str(file), "--examples", "2", "--out", str(tmp_path / "page.html")])
+    text = (tmp_path / "page.html").read_text()
+    for i, score in enumerate(("+0.00", "+0.25")):
+        assert f"<b>question {i}</b>" in text
+        assert f'<small>start, truth {score}</small><div class="text">start {i}</div>' in text
+    assert "question 2" not in text and EVIL not in text and f"{html.escape(EVIL)}, truth" in text
+
+
 @pytest.mark.parametrize("flags, part", [
     (["--tables", "missing.json"], "missing.json: cannot be read"),
     (["--tables", "args.json"], "--tables args.json: not what"),
     (["--tables", "half.json"], "--tables half.json: incomplete"),
     (["--values", "args.json"], "--values args.json: not what"),
-    (["--answers", "x"], "--answers x: expected name=path"),
+    (["--answers", "x=nothing.json"], "nothing.json: no such file"),
+    (["--answers", "nothing.jsonl"], "nothing.jsonl: no such file"),
+    (["--answers", "half.jsonl"], "half.jsonl:1: not a row of evaluate.py policy --out"),
+    (["--answers", "twice.jsonl", "twice.jsonl"], "two of them have one name"),
     (["--runs", "a=nothing"], "nothing/metrics.jsonl"),
     (["--out", "/proc/none/page.html"], "--out /proc/none/page.html: cannot write"),
 ])
@@ -118,6 +139,8 @@ def test_bad_input_is_one_sentence(flags, part, tmp_path, monkeypatch):
     runs = metrics_file(tmp_path / "run", 0.01)
     (tmp_path / "args.json").write_text("{}")
     (tmp_path / "half.json").write_text('{"command": "gvm"}')
+    (tmp_path / "half.jsonl").write_text('{"policy": "x"}')
+    write_jsonl(tmp_path / "twice.jsonl", evaluated("x"))
     with pytest.raises(BadInput, match=re.escape(part)) as end:
         report.main([*(["--runs", f"a={runs}"] if "--runs" not in flags else []), *flags])
     assert "\n" not in str(end.value)
