@@ -37,7 +37,7 @@ from common import (Run, chat_ids, cut_pair, epoch_rows, keyed_rng, load_value_b
                     row_seed, td_loss, train_only)
 from plumbing.args import RunArgs, parse_args
 from plumbing.checkpoint import Checkpoints
-from plumbing.checks import base_record, check_finite, tokenizer_fingerprint
+from plumbing.checks import base_record, check_finite, load_adapter, tokenizer_fingerprint
 from plumbing.deepspeed_config import adamw, dtype_of, set_lr, step_norm
 from plumbing.folders import output_folder
 from plumbing.inputs import gvm_stage_inputs, steps_of
@@ -54,6 +54,7 @@ class Args(RunArgs):
     # model
     model: str = "toy"  # Hugging Face id or folder; names the run folder
     sft_model: str = ""  # what the GVM grows from, default runs/<model name>/sft
+    value_model: str = ""  # folder of a GVM that is trained on, with its adapter; default a new one
     lora_r: int = 8  # LoRA rank
     lora_alpha: int = 32  # LoRA scale is alpha / r
     lora_dropout: float = 0.1  # dropout on the LoRA input while training
@@ -262,7 +263,11 @@ def load_model(sft, config, args):
         model.activation_checkpointing_enable({"use_reentrant": False})
     head = "score" if hasattr(model, "score") else "classifier"
     lora = lora_config(model, "TOKEN_CLS", args, lora_dropout=args.lora_dropout, modules_to_save=[head])
-    model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    if args.value_model:
+        model = load_adapter(model, args.value_model, "--value_model", is_trainable=True,
+                             autocast_adapter_dtype=False)
+    else:
+        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     parameters, = train_only(model, ".default.")
     optimizer = adamw([(parameters, args.lr)], config, args.max_grad_norm)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -276,7 +281,7 @@ def main(args):
     out = output_folder(args)
     train, pairs = trajectories(tokenizer, args)
     run = Run(args, tokenizer, device, rank, world)
-    checkpoints = Checkpoints(out, args, (train, pairs), [sft, args.reward_model or None])
+    checkpoints = Checkpoints(out, args, (train, pairs), [sft, args.reward_model, args.value_model])
     record = base_record(sft)  # of the weights that it starts from
     reward = reward_map(train, args, dtype_of(config), device)
 

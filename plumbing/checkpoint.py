@@ -55,7 +55,7 @@ class Checkpoints:
     """
 
     def __init__(self, out, args, data, models):
-        models = [model for model in models if model is not None]
+        models = list(filter(None, models))
         for model in models:
             if Path(out).resolve() == Path(model).resolve():
                 raise BadInput(f"--output_dir {out}: a model that this run reads lies here; choose another "

@@ -121,11 +121,12 @@ def check_reading(model, path, flag):
 BUFFERS = re.compile(r"(att[a-z]*\.(bias|masked_bias|causal_mask)|inv_freq|(cos|sin)_cached|position_ids)$")
 
 
-def load_adapter(base, folder, flag):
-    """`base` with the adapter and head of a folder, all of which are there and have their place in it."""
+def load_adapter(base, folder, flag, **how):
+    """`base` with the adapter and head of a folder, all of which are there and have their place in it.
+    how: of PeftModel.from_pretrained"""
     from peft import get_peft_model_state_dict, PeftModel
     with loading(folder, flag), safe_open(Path(folder) / "adapter_model.safetensors", "pt") as f:
-        model = PeftModel.from_pretrained(base, folder)
+        model = PeftModel.from_pretrained(base, folder, **how)
         differ = sorted(set(get_peft_model_state_dict(model)) ^ set(f.keys()))
     if differ:
         raise BadInput(f"{flag} {folder}: its adapter does not fit its base model ({one_line(differ)}); "

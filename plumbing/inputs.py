@@ -1,6 +1,7 @@
 """What the stages check before a model is loaded, from flags and small files, and where their models are."""
 
 import math
+from pathlib import Path
 
 from transformers import AutoModelForTokenClassification
 
@@ -10,6 +11,7 @@ from plumbing.checks import (check_class, check_model, check_tau, gvm_settings, 
                              tokenizer_fingerprint)
 from plumbing.deepspeed_config import ds_config
 from plumbing.errors import BadInput
+from plumbing.files import read_object
 from plumbing.folders import base_of, model_place, stage_folder
 from plumbing.ranks import print0
 
@@ -47,7 +49,24 @@ def gvm_stage_inputs(args, world):
     sft, tokenizer, *rest = stage_inputs(args, world, head=AutoModelForTokenClassification)
     if args.k:
         check_tau(tokenizer, f"--k {args.k}", sft, "--sft_model")
+    if args.value_model:
+        check_trained_on(args, sft, tokenizer)
     return sft, tokenizer, *rest
+
+
+def check_trained_on(args, sft, tokenizer):
+    """A GVM that is trained on grew from the same model, and its adapter is as the flags say."""
+    settings, folder = gvm_settings(args.value_model), args.value_model
+    if settings["base_model"] != model_place(sft):
+        raise BadInput(f"--value_model {folder}: grew from {settings['base_model']}; give that as "
+                       f"--sft_model.")
+    read_as_gvm(tokenizer, settings)
+    file = Path(folder) / "adapter_config.json"
+    adapter = read_object(file, f"--value_model {folder}: {file.name} cannot be read", "train it again")
+    for flag, name in (("lora_r", "r"), ("lora_alpha", "lora_alpha"), ("lora_dropout", "lora_dropout")):
+        if adapter.get(name) != getattr(args, flag):
+            raise BadInput(f"--{flag} {getattr(args, flag)}: the adapter of --value_model {folder} has "
+                           f"{adapter.get(name)}, and keeps it; give that.")
 
 
 def split_batch(batch_size, micro_batch, world):

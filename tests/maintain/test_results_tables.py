@@ -15,13 +15,13 @@ import run
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results/README.md"]
 PAGE = (ROOT / "results/README.md").read_text()
 EXPERIMENTS = {"compare", "lr", "beta", "instruction", "baseline", "advantage", "lam", "conditioning",
-               "normalization", "drift", "frontier"}
+               "normalization", "drift", "frontier", "pipeline"}
 
 
 def settings_of(names):
     """{setting: {what was measured: (mean, standard deviation or None)}} of some files in results/."""
     found = {}
-    for name in names:
+    for name in set(names) - {"pipeline"}:  # which has means alone
         for label, numbers in json.loads((ROOT / f"results/{name}.json").read_text()).items():
             found[f"{name}: {label}"] = {key: (x["mean"], x["std"]) for key, x in numbers.items()}
     return found
@@ -78,6 +78,26 @@ def test_the_single_runs_are_those_of_their_files():
     assert len(said) == 25
     for reward, kl in said:
         assert any((written(a, reward), written(b, kl)) == (reward, kl) for a, b in known), (reward, kl)
+
+
+def test_the_costs_of_all_stages_are_those_of_their_file():
+    """Every number of every row, and no row is left out."""
+    known, seen = json.loads((ROOT / "results/pipeline.json").read_text()), set()
+    names = {"GVM": "DVPO", "GVM of pairs": "DVPO, GVM of pairs", "reward model": "PPO"}
+    for line in PAGE.splitlines():
+        row = re.match(r"\| ([\w ]+?) (\d+) steps, \w+ \| (.*) \|$", line)
+        if row:
+            numbers = known[f"{names[row[1]]}, {row[2]} steps"]
+            reached, highest, before, seconds, tokens_before, tokens = (
+                re.sub(r"[*,]| steps", "", cell).strip() for cell in row[3].split("|"))
+            assert (reached, seconds, tokens) == ("-",) * 3 if numbers["reached"] is None else (
+                int(reached) == numbers["reached"] and written(numbers["seconds"], seconds) == seconds
+                and written(numbers["tokens"], tokens) == tokens), line
+            for key, text in {"highest": highest, "seconds before": before,
+                              "tokens before": tokens_before}.items():
+                assert written(numbers[key], text) == text, line
+            seen.add((row[1], row[2]))
+    assert len(seen) == len(known)
 
 
 def test_the_results_page_names_commands_that_exist():
