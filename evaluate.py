@@ -108,9 +108,9 @@ def bootstrap(numbers, groups, draws=1000):
     return np.percentile(total[picks].sum(1) / count[picks].sum(1), [2.5, 97.5])
 
 
-def accuracy(hit, groups):
+def accuracy(hit, groups, draws=1000):
     """Mean of hits [N] and its 95 % interval."""
-    low, high = bootstrap(hit, groups)
+    low, high = bootstrap(hit, groups, draws)
     return {"accuracy": float(np.mean(hit)), "low": float(low), "high": float(high)}
 
 
