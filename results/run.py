@@ -414,9 +414,10 @@ def figure(runs, path):
     picture = Figure(figsize=(9, 6), layout="constrained")
     for axis, (title, read) in zip(picture.subplots(2, 2).flat, panels.items()):
         for name, found in runs.items():
-            curves = np.array([[read(row) for row in rows_of(run)] for run in found])
+            curves = np.array([[read(row) for row in rows_of(run)] for run in found], dtype=float)
             mean, std = curves.mean(0), curves.std(0)
-            line, = axis.plot(mean, label=name)
+            # GRPO has no values; its colour is its own all the same
+            line, = axis.plot(mean, label=None if np.isnan(mean).all() else name)
             axis.fill_between(range(len(mean)), mean - std, mean + std, color=line.get_color(), alpha=0.2,
                               linewidth=0)
         axis.set(title=title, xlabel="step")

@@ -75,7 +75,7 @@ def test_the_single_runs_are_those_of_their_files():
     """true reward (KL) of one run each, the learning rates and DPO's betas."""
     said = re.findall(r"(?<!\d)(-?\d\.\d{3}) \((\d+\.\d\d)\)", PAGE)
     known = [(x["true reward"][0], x["KL"][0]) for x in settings_of(["lr", "beta"]).values()]
-    assert len(said) == 25
+    assert len(said) == 30
     for reward, kl in said:
         assert any((written(a, reward), written(b, kl)) == (reward, kl) for a, b in known), (reward, kl)
 
