@@ -29,15 +29,15 @@ import torch
 import torch.distributed as dist
 
 from common import (answer_ids, chat_ids, generate, keyed_rng, load_policy, load_reward_tokenizer,
-                    load_tokenizer, row_seed)
+                    row_seed)
 from plumbing.args import parse_args
-from plumbing.checks import check_model, tokenizer_fingerprint, weights_fingerprint
+from plumbing.checks import tokenizer_fingerprint, weights_fingerprint
 from plumbing.data import prompt_text, read_data, report_drops, split_of
 from plumbing.errors import BadInput
 from plumbing.files import write_whole
-from plumbing.inputs import reward_inputs, room
-from plumbing.policies import (SCORING, check_settings, check_system, digest, let_go, lock_file, policies_of,
-                               sampled_by, score, turns_for)
+from plumbing.inputs import reward_inputs
+from plumbing.policies import (SCORING, check_settings, digest, let_go, lock_file, policies_of, sampled_by,
+                               score, tokenizers_of, turns_for)
 from plumbing.ranks import init_distributed, print0
 from plumbing.rows import reward_fits
 from plumbing.texts import answer_text, ended, readable
@@ -169,10 +169,7 @@ def main(args):
     if greedy or not args.places or not all(0 <= share < 1 for share in args.places):
         raise BadInput(f"--policies: {', '.join(greedy)} at temperature 0 has one continuation; leave it out."
                        if greedy else "--places: give shares of an answer, from 0 to below 1.")
-    tokenizers = {policy.folder: load_tokenizer(policy.folder, "--policies") for policy in policies.values()}
-    for path, tokenizer in tokenizers.items():
-        check_model(path, tokenizer, "--policies", *room(args))
-    check_system(policies, tokenizers)
+    tokenizers = tokenizers_of(policies, args)
     lock_file(out)
     rows = chosen_answers(policies, tokenizers, args)
     keys = list(dict.fromkeys(key for row in rows for _, key in row["places"]))

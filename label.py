@@ -37,13 +37,12 @@ import torch.distributed as dist
 from common import (chat_ids, generate, keyed_rng, load_policy, load_reward_tokenizer, load_tokenizer,
                     row_seed)
 from plumbing.args import parse_args
-from plumbing.checks import check_model
 from plumbing.data import prompt_text, read_data, report_drops, split_of
 from plumbing.errors import BadInput
 from plumbing.files import write_whole
-from plumbing.inputs import reward_inputs, room
-from plumbing.policies import (SCORING, check_settings, check_system, digest, let_go, lock_file, policies_of,
-                               sampled_by, score, turns_for)
+from plumbing.inputs import reward_inputs
+from plumbing.policies import (SCORING, check_settings, digest, let_go, lock_file, policies_of, sampled_by,
+                               score, tokenizers_of, turns_for)
 from plumbing.ranks import init_distributed, print0
 from plumbing.rows import reward_fits
 from plumbing.texts import answer_text, ended, readable
@@ -232,10 +231,7 @@ def main(args):
     check_args(args)
     policies = policies_of(args.policies or default_policies(args), args.temperatures)
     reward_model = reward_inputs(args)
-    tokenizers = {policy.folder: load_tokenizer(policy.folder, "--policies") for policy in policies.values()}
-    for folder, tokenizer in tokenizers.items():
-        check_model(folder, tokenizer, "--policies", *room(args))
-    check_system(policies, tokenizers)
+    tokenizers = tokenizers_of(policies, args)
     rm_tokenizer = load_reward_tokenizer(reward_model) if reward_model else None
     readers = [(tokenizers[folder], system) for folder, system in dict.fromkeys(
         (policy.folder, policy.system) for policy in policies.values())]

@@ -1,7 +1,7 @@
 """GRPO (Shao et al. 2024, arXiv 2402.03300): the baseline is the mean reward of several answers to a prompt.
 
-`diff train_remax.py train_grpo.py` is the method: the greedy answer goes; more sampled ones come;
-the clipped ratio and the passes over a rollout batch are those of train_ppo.py.
+`diff train_remax.py train_grpo.py` is the method: the greedy answer goes, more sampled ones come, and with
+them the clipped ratio and the passes over a rollout batch of train_ppo.py.
     r_t = -beta KL_t, plus the reward model's score at the last token, as in train_ppo.py
     A   = (R - mean R) / (std R + 1e-4),   R = sum_t r_t,  mean and std over the answers to one prompt
     L   = -mean min(w A, clip(w, 1 - eps, 1 + eps) A),   w = pi(a_t | s_t) / pi_old(a_t | s_t)
@@ -10,7 +10,7 @@ Every token of an answer has its advantage. Three models, of which the policy is
 Departures:
 D1  The reward model's score is standardized to about [-1, 1] (rm.json), as in train_ppo.py: one beta and one
     KL target suit both scripts. A model without rm.json keeps its own scale.
-D2  beta KL is part of the reward, as in train_ppo.py, and so of the group's mean; in the paper of the loss.
+D2  beta KL is part of the reward, as in train_ppo.py, and of the group's mean; in the paper, of the loss.
 D3  The loss is a mean over the tokens of an optimizer batch, as in train_ppo.py. The paper's, the mean over
     answers of the mean over their tokens, is --loss_mean answer; Dr. GRPO's advantage, --std_norm False.
 
@@ -106,7 +106,7 @@ def token_rewards(scores, penalty, mask):
 
 
 def advantages(rewards, mask, group_size, std_norm):
-    """A_t = (R - mean) / (std + 1e-4) of each token, R the return of its answer, of those to one prompt.
+    """A_t = (R - mean) / (std + 1e-4): R is an answer's return, mean and std are over those to one prompt.
 
     rewards: [B, R] units of reward, the answers to a prompt in successive rows;  mask: [B, R] bool
     returns  ([B, R], zero where mask is 0,  its mean and standard deviation over all ranks)
@@ -206,7 +206,7 @@ def update(policy, scored, advantage, step, run):
         n, = all_sum(batch.mask[rows].sum(), device=run.device)  # response tokens of the optimizer batch
         sums, weight = torch.zeros(5), 1.0
         if args.loss_mean == "answer":
-            weight = n / (len(rows) * run.world) / batch.mask.sum(1, keepdim=True)
+            weight = n / (len(rows) * run.world) / batch.mask.sum(1, keepdim=True)  # undoes / n
         for micro, part in micro_batches(batch, rows, args.micro_batch):
             R = part.mask.shape[1]
             logp, _ = response_logprobs(policy, part, run)

@@ -54,7 +54,7 @@ class Args(RunArgs):
     # model
     model: str = "toy"  # Hugging Face id or folder; names the run folder
     sft_model: str = ""  # what the GVM grows from, default runs/<model name>/sft
-    value_model: str = ""  # folder of a GVM that is trained on, with its adapter; default a new one
+    value_model: str = ""  # folder of a GVM to go on training; default: a new one is begun
     lora_r: int = 8  # LoRA rank
     lora_alpha: int = 32  # LoRA scale is alpha / r
     lora_dropout: float = 0.1  # dropout on the LoRA input while training
@@ -258,7 +258,7 @@ def load_model(sft, config, args):
     from peft import get_peft_model
     model = load_value_base(sft, dtype_of(config))
     if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("sdpa_in_parts")  # see lean.pack
+        model.set_attn_implementation("sdpa_in_parts")  # cheaper behind a tau
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     head = "score" if hasattr(model, "score") else "classifier"

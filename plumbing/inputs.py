@@ -112,10 +112,9 @@ def check_batches(args, world):
     epochs = getattr(args, "ppo_epochs", 1)
     if min(epochs, args.max_steps) < 1:
         raise BadInput(f"--ppo_epochs {epochs} and --max_steps {args.max_steps} must be at least 1.")
-    group = getattr(args, "group_size", 2)
-    if group < 2 or hasattr(args, "group_size") and args.rollout_batch % group:
-        raise BadInput(f"--rollout_batch {args.rollout_batch} must be a multiple of --group_size {group}, "
-                       f"answers to one prompt, of which there are at least 2.")
+    if hasattr(args, "group_size") and (args.group_size < 2 or args.rollout_batch % args.group_size):
+        raise BadInput(f"--rollout_batch {args.rollout_batch} must be a multiple of --group_size "
+                       f"{args.group_size}, answers to one prompt, of which there are at least 2.")
     size = args.micro_batch * args.accum_steps
     if min(args.rollout_batch, args.micro_batch, args.accum_steps) < 1 or args.rollout_batch % size:
         raise BadInput(f"--rollout_batch {args.rollout_batch} must be a positive multiple of --micro_batch x "

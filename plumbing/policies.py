@@ -11,12 +11,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import chat_ids, load_reward_model, reward_scores
+from common import chat_ids, load_reward_model, load_tokenizer, reward_scores
 from plumbing.args import load_numbers, load_plug, split_words
-from plumbing.checks import fingerprint, tokenizer_fingerprint, weights_fingerprint
+from plumbing.checks import check_model, fingerprint, tokenizer_fingerprint, weights_fingerprint
 from plumbing.errors import BadInput
 from plumbing.files import read_rows, write_whole
 from plumbing.folders import take_lock
+from plumbing.inputs import room
 from plumbing.kept import settings_that_differ
 from plumbing.rows import reward_chat
 from plumbing.texts import readable
@@ -60,14 +61,19 @@ def turns_for(prompt, system):
     return [{"role": "system", "content": system}, *prompt] if system else prompt
 
 
-def check_system(policies, tokenizers):
-    """A template that leaves system turns out would make several policies one."""
+def tokenizers_of(policies, args):
+    """{folder: tokenizer} of the policies, checked from their small files. A template that leaves out system
+    turns is refused: it would make several policies one."""
+    tokenizers = {policy.folder: load_tokenizer(policy.folder, "--policies") for policy in policies.values()}
+    for folder, tokenizer in tokenizers.items():
+        check_model(folder, tokenizer, "--policies", *room(args))
     for name, policy in policies.items():
         asked = [{"role": "user", "content": "a"}]
         if policy.system and (readable(chat_ids, tokenizers[policy.folder], turns_for(asked, policy.system))
                               in (None, chat_ids(tokenizers[policy.folder], asked))):
             raise BadInput(f"--policies: {name} has a system prompt, which the chat template of "
                            f"{policy.folder} leaves out; take another model or no system prompt.")
+    return tokenizers
 
 
 # ---- settings ----------------------------------------------------------------------------------------------

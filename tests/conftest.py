@@ -111,6 +111,11 @@ def copy_of(folder, place):
     return Path(shutil.copytree(folder, place, ignore=lambda _, names: {".lock", "checkpoints"} & set(names)))
 
 
+def argv_of(words):
+    return [str(word) for name, value in words.items()
+            for word in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+
+
 def run_stage(stage, **flags):
     """Run a stage script's main in this process with flags as typed on the command line."""
     stage.main(parse_args(stage.Args, [str(word) for name, value in flags.items()

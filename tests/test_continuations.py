@@ -17,7 +17,7 @@ from common import answer_ids, chat_ids, load_tokenizer
 from plumbing.args import parse_args
 from plumbing.data import split_of
 from plumbing.errors import BadInput
-from conftest import ROOT, feedback_rows, run_stage, start, write_jsonl
+from conftest import ROOT, argv_of, feedback_rows, run_stage, start, write_jsonl
 
 RULE = "def letters(rows, policy, tokenizer):\n    return [float(len(row['response'])) for row in rows]\n"
 
@@ -35,11 +35,6 @@ def words(chain, tmp_path, monkeypatch):
             "reward_fn": "letters_rule:letters", "max_prompt_length": 32, "response_length": 8,
             "micro_batch": 16, "dtype": "float32", "examples": 2, "split_seed": 0, "places": [0, 0.5],
             "out": tmp_path / "values.jsonl"}
-
-
-def argv_of(words):
-    return [str(word) for name, value in words.items()
-            for word in (f"--{name}", *(value if isinstance(value, list) else [value]))]
 
 
 def run(words, **changes):

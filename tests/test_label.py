@@ -23,7 +23,7 @@ from plumbing import folders, policies
 from plumbing.args import parse_args
 from plumbing.data import read_data, split_of
 from plumbing.errors import BadInput
-from conftest import ROOT, clean_env, feedback_rows, metrics, run_stage, start, write_jsonl
+from conftest import ROOT, argv_of, clean_env, feedback_rows, metrics, run_stage, start, write_jsonl
 
 
 class PowerCut(Exception):
@@ -37,11 +37,6 @@ def words(chain, baseline, data, tmp_path, monkeypatch):
     return {"model": chain.sft, "policies": [f"sft={chain.sft}", f"dvpo={chain.dvpo}"], "data": data,
             "reward_model": baseline.rm, "temperatures": [0, 1], "per_prompt": 3, "max_prompt_length": 32,
             "response_length": 6, "micro_batch": 8, "dtype": "float32", "out": tmp_path / "labels.jsonl"}
-
-
-def argv_of(words):
-    return [str(word) for name, value in words.items()
-            for word in (f"--{name}", *(value if isinstance(value, list) else [value]))]
 
 
 def run_label(words, **changes):

@@ -17,11 +17,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_grpo
+from against_trl_dpo import random_model
 from common import collate, load_policy, load_tokenizer
 from plumbing.lean import LogProbs
 from datasets import Dataset
@@ -33,15 +34,6 @@ CLIP, TEMPERATURE = 0.2, 0.8
 SOURCE = inspect.getsource(grpo_trainer)
 FIRST = SOURCE.index("mean_grouped_rewards = torch.nanmean(")
 ADVANTAGES = textwrap.dedent(" " * 12 + SOURCE[FIRST:SOURCE.index("is_std_zero = ", FIRST)])
-
-
-def random_model(seed, tokenizer, folder):
-    torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
-                                 num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2,
-                                 max_position_embeddings=256)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def theirs(policy, batch, old, rewards, group, loss_type, scale, folder):
