@@ -240,7 +240,7 @@ def batch_of_step(train, tau_source, step, k, run):
     for i in rows_of_step([row["policy"] for row in train], step, args):
         by_policy[train[i]["policy"]].append(train[i])
     for policy, rows in by_policy.items():
-        rng = keyed_rng("tau", args.seed, step, policy)
+        rng = keyed_rng("tau", args.seed, step, str(policy))  # data without names has one policy, None
         tau = tau_source.draw(policy, {row["group"] for row in rows}, rng, int(k + rng.random()))
         packs.append([(*ids, row["reward"]) for ids, row in zip(tau_source.behind(tau, rows), rows)])
     alone = k == 0 or not tau_source.shared  # every row is a pack of its own

@@ -74,7 +74,8 @@ def make_models(folder, config, dtype, args):
     torch.manual_seed(0)
     config = copy.deepcopy(config)
     config.eos_token_id, config.pad_token_id, config.num_labels = 1, None, 1
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # drawing billions takes a CPU minutes
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder / "sft")
     del model
     for name, kind in (("gvm", "TOKEN_CLS"), ("rm", "SEQ_CLS")):

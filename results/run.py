@@ -216,13 +216,14 @@ def cost(run):
 
 
 def of_policies(evaluations, name, count):
-    """On the held-out prompts, of the policies name_1 .. name_count: mean true reward, KL and length over the
-    draws of answers."""
+    """On the held-out prompts, of the policies name_1 .. name_count: mean true reward, KL, length and share
+    cut over the draws of answers."""
     each = [[json.loads((run.folder / "policy.json").read_text())["policies"][f"{name}_{i + 1}"]
              for run in evaluations] for i in range(count)]
     return {"true reward": [np.mean([e["scores"]["truth"]["mean"] for e in draws]) for draws in each],
             "KL": [np.mean([e["kl"]["mean"] for e in draws]) for draws in each],
-            "length": [np.mean([e["length"] for e in draws]) for draws in each]}
+            "length": [np.mean([e["length"] for e in draws]) for draws in each],
+            "truncated": [np.mean([e["truncated"] for e in draws]) for draws in each]}
 
 
 def of_one_run(run):

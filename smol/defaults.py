@@ -23,7 +23,7 @@ SAMPLED = {"split_seed": SPLIT_SEED, "policies": ["smol/policies.json"], "dtype"
 
 DEFAULTS = {
     "label": {**SAMPLED, "data": PROMPTS, "per_prompt": 0, "shares": ["value", "test"]},
-    "continuations": {**SAMPLED, "data": LABELS},
+    "continuations": {**SAMPLED, "data": LABELS, "micro_batch": 256},
     "train_gvm": {**OFFLINE, "lora_dropout": 0.0, "reward": "score", "score_min": -1.0, "score_max": 1.0,
                   "k": 4, "tau_question_tokens": 20, "tau_answer_tokens": 32, "lr": 5e-4, "epochs": 2},
     "train_rm": {**OFFLINE, "lora_dropout": 0.0, "pairs": "all", "lr": 2e-4},
@@ -31,6 +31,6 @@ DEFAULTS = {
     "train_dvpo": {**RL, "ppo_epochs": 2}, "train_remax": RL, "train_grpo": {**RL, "ppo_epochs": 2},
     "train_ppo": {**RL, "ppo_epochs": 2, "critic_lr": 5e-4},
     "evaluate": {"split_seed": SPLIT_SEED, "data": LABELS, "dtype": "float32", "temperature": 0.7,
-                 "micro_batch": 16, "pairs": 300, "truth_fn": "smol.sentiment:compound",
+                 "micro_batch": 64, "pairs": 300, "truth_fn": "smol.sentiment:compound",
                  "max_prompt_length": 48, "response_length": 32},
 }

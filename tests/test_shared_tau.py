@@ -1,11 +1,13 @@
 """Rows behind one tau, which is read once: their values and gradients are those of rows alone."""
 
+import json
+
 import pytest
 import torch
 
 import train_gvm
 from common import chat_ids, load_tokenizer, load_value_base, td_loss
-from conftest import run_of
+from conftest import metrics, run_of, run_stage
 from plumbing import lean
 
 CPU, EOS = torch.device("cpu"), 1
@@ -98,3 +100,14 @@ def test_a_model_that_cannot_read_rows_in_one_sequence_is_found(models_folder):
         other = Other(model.config).eval()
         assert not lean.can_share_prefix(other, 32, CPU, lean.in_one_sequence)
         assert lean.can_share_prefix(other, 32, CPU)  # by its keys and values it can
+
+
+def test_pairs_without_policy_names_train_a_gvm_without_tau(chain, flags, tmp_path):
+    """As in hh-rlhf: who wrote an answer is not known."""
+    data = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": f"what is {i} ?", "chosen": "the cat sat", "rejected": "a dog"} for i in range(40)]
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    run_stage(train_gvm, **{**flags.gvm, "data": data, "k": 0, "max_steps": 12}, sft_model=chain.sft,
+              output_dir=tmp_path / "gvm")
+    losses = [row["loss"] for row in metrics(tmp_path / "gvm")]
+    assert losses[-1] < losses[0] / 2
