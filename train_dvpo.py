@@ -46,7 +46,7 @@ from plumbing.checkpoint import Checkpoints
 from plumbing.checks import check_finite
 from plumbing.deepspeed_config import adamw, dtype_of, step_norm
 from plumbing.folders import output_folder
-from plumbing.inputs import gvm_inputs, rl_inputs
+from plumbing.inputs import gvm_inputs, reference_inputs, rl_inputs
 from plumbing.lean import LogProbs, OneBase, SharedPrefix
 from plumbing.log import Clock, MetricLog, due
 from plumbing.ranks import all_sum, gather_rows, init_distributed, peak_memory_gb, seed_everything
@@ -61,7 +61,8 @@ from plumbing.texts import answer_text, ended
 class Args(RunArgs):
     # model
     model: str = "toy"  # Hugging Face id or folder; names the run folder
-    sft_model: str = ""  # policy and reference, default runs/<model name>/sft
+    sft_model: str = ""  # where the policy starts, default runs/<model name>/sft
+    reference_model: str = ""  # what KL is taken to, default: the model that the policy starts as
     value_model: str = ""  # the GVM's folder, default runs/<model name>/gvm
     value_fn: str = ""  # module:function (rows, policy, tokenizer) -> Q_0 .. Q_n of each row; no GVM then
     truth_fn: str = ""  # module:function that gives a true reward, which is logged and used by nothing
@@ -305,30 +306,31 @@ def held_out(models, truth, test, tau, settings, run):
 Models = namedtuple("Models", "policy reference value")
 
 
-def load_models(sft, gvm_folder, settings, config, run):
-    """policy: a DeepSpeed engine, the only one that learns. reference: the frozen SFT model. value: function
-    (rows, tau) -> Q_0 .. Q_n of each row, by the frozen GVM (or by --value_fn).
+def load_models(sft, reference, gvm_folder, settings, config, run):
+    """policy: a DeepSpeed engine, the only one that learns. reference: the frozen model that KL is taken to.
+    value: function (rows, tau) -> Q_0 .. Q_n of each row, by the frozen GVM (or by --value_fn).
 
-    The reference's weights are in memory once: a GVM that is LoRA on them (on_sft) and a LoRA policy use the
-    same copy: `shared` answers by role.
+    The reference's weights are in memory once: a GVM that is LoRA on them (on_reference) and a LoRA policy
+    that starts as the reference use the same copy: `shared` answers by role.
     """
     import deepspeed
     args, dtype = run.args, dtype_of(config)
     policy = load_policy(sft, run.tokenizer, dtype, "--sft_model")
+    one = args.lora_r > 0 and reference == sft
+    base = policy if one else load_policy(reference, run.tokenizer, dtype, "--reference_model")
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable({"use_reentrant": False})
     lora = lora_config(policy, "CAUSAL_LM", args) if args.lora_r else None
-    base = policy if lora else load_policy(sft, run.tokenizer, dtype, "--sft_model")
-    on_sft = gvm_folder and settings["on_sft"]
-    gvm = load_gvm(gvm_folder, dtype, lm=base if on_sft else None)[0] if gvm_folder else None
-    shared = OneBase(base, gvm if on_sft else None, lora)
-    policy = shared if lora else LogProbs(policy)
+    on_base = gvm_folder and settings["on_reference"]
+    gvm = load_gvm(gvm_folder, dtype, lm=base if on_base else None)[0] if gvm_folder else None
+    shared = OneBase(base, gvm if on_base else None, lora if one else None)
+    policy = shared if one else OneBase(policy, lora=lora) if lora else LogProbs(policy)
     parameters, = train_only(policy, ".policy." if lora else "")  # nothing but the policy, by name, learns
     optimizer = adamw([(parameters, args.lr)], config, args.max_grad_norm)
     policy, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
-    shared = policy if lora else freeze(shared, config, run.device)
+    shared = policy if one else freeze(shared, config, run.device)
     if gvm_folder:
-        gvm = functools.partial(shared, role="gvm") if on_sft else freeze(gvm, config, run.device)
+        gvm = functools.partial(shared, role="gvm") if on_base else freeze(gvm, config, run.device)
         value = functools.partial(gvm_values, gvm, run=run)
     else:
         value = load_value_fn(policy, run)
@@ -340,13 +342,15 @@ def main(args):
     seed_everything(args.seed)
     truth = load_truth(args)
     sft, tokenizer, config = rl_inputs(args, world)
-    gvm_folder, settings = gvm_inputs(args, sft, tokenizer)
+    reference = reference_inputs(args, sft, tokenizer)
+    gvm_folder, settings = gvm_inputs(args, reference, tokenizer)
     out = output_folder(args)
     train, test = rl_prompts(tokenizer, args, world)
     run = Run(args, tokenizer, device, rank, world)
-    checkpoints = Checkpoints(out, args, (train, test), [sft, gvm_folder, settings.get("base_model")])
+    reads = {sft, reference, gvm_folder, settings.get("base_model")}
+    checkpoints = Checkpoints(out, args, (train, test), reads)
 
-    models = load_models(sft, gvm_folder, settings, config, run)
+    models = load_models(sft, reference, gvm_folder, settings, config, run)
     start, state = checkpoints.resume({"policy": models.policy})
     log = MetricLog(out, args, SHOWN, args.max_steps, start)
     beta, previous = state.get("beta", args.kl_coef), state.get("previous", [])
@@ -392,7 +396,8 @@ def main(args):
 
         # 5. log and steer beta
         if step == 0:
-            self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer, dtype_of(config))
+            self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer, dtype_of(config),
+                       apart=reference != sft)
         metrics.update(update_stats, lr=args.lr, episode=(step + 1) * global_batch,
                        **clock.row(global_batch), **{"memory/peak_gb": peak_memory_gb(device)})
         beta = next_kl_coef(beta, metrics["objective/kl"], args.kl_target, args.kl_horizon, global_batch)

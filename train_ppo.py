@@ -44,7 +44,7 @@ from plumbing.checkpoint import Checkpoints
 from plumbing.checks import check_finite
 from plumbing.deepspeed_config import adamw, dtype_of, step_norm
 from plumbing.folders import output_folder
-from plumbing.inputs import critic_inputs, reward_inputs, rl_inputs
+from plumbing.inputs import critic_inputs, reference_inputs, reward_inputs, rl_inputs
 from plumbing.lean import LogProbs, OneBase, share_models
 from plumbing.log import Clock, MetricLog, due
 from plumbing.ranks import all_sum, init_distributed, peak_memory_gb, seed_everything
@@ -59,7 +59,8 @@ from plumbing.texts import answer_text, ended
 class Args(RunArgs):
     # model
     model: str = "toy"  # Hugging Face id or folder; names the run folder
-    sft_model: str = ""  # policy and reference, default runs/<model name>/sft
+    sft_model: str = ""  # where the policy starts, default runs/<model name>/sft
+    reference_model: str = ""  # what KL is taken to, default: the model that the policy starts as
     reward_model: str = ""  # any causal one-label sequence classifier, default runs/<model name>/rm
     reward_fn: str = ""  # module:function that gives the reward in place of the reward model
     critic_model: str = ""  # where the critic starts: reward model (default: that one), GVM or SFT model
@@ -319,34 +320,35 @@ def held_out(models, truth, test, run):
 Models = namedtuple("Models", "policy reference critic reward")
 
 
-def load_models(sft, rm, critic_folder, config, run):
-    """policy and critic: DeepSpeed engines, which learn. reference: the frozen SFT model. reward: function
-    (rows, policy) -> [B], by the frozen reward model (or by --reward_fn). With --lora_r policy and critic are
-    adapters, and the policy's is on the reference's weights, which are in memory once.
+def load_models(sft, reference, rm, critic_folder, config, run):
+    """policy and critic: DeepSpeed engines, which learn. reference: the frozen model that KL is taken to.
+    reward: function (rows, policy) -> [B], by the frozen reward model (or by --reward_fn). With --lora_r
+    policy and critic are adapters; a policy that starts as the reference is on its weights, in memory once.
     """
     import deepspeed
     from peft import get_peft_model
-    args, dtype, lora = run.args, dtype_of(config), run.args.lora_r > 0
+    args, dtype = run.args, dtype_of(config)
     score_answers = load_reward(rm, config, run)
     critic = load_critic(critic_folder, dtype)
     policy = load_policy(sft, run.tokenizer, dtype, "--sft_model")
+    one = args.lora_r > 0 and reference == sft
+    base = policy if one else load_policy(reference, run.tokenizer, dtype, "--reference_model")
     if args.gradient_checkpointing:
         for model in (policy, critic):
             model.activation_checkpointing_enable({"use_reentrant": False})
-    if lora:
+    if args.lora_r:
         policy = OneBase(policy, lora=lora_config(policy, "CAUSAL_LM", args))
         head = "score" if hasattr(critic, "score") else "classifier"
         critic = get_peft_model(critic, lora_config(critic, "TOKEN_CLS", args, modules_to_save=[head]),
                                 autocast_adapter_dtype=False)
-    policy = policy if lora else LogProbs(policy)
+    policy = policy if args.lora_r else LogProbs(policy)
     engines = []
     for model, part, lr in ((policy, ".policy.", args.lr), (critic, ".default.", args.critic_lr)):
-        parameters, = train_only(model, part if lora else "")  # nothing but policy and critic learns
+        parameters, = train_only(model, part if args.lora_r else "")  # nothing but policy and critic learns
         optimizer = adamw([(parameters, lr)], config, args.max_grad_norm)
         engines.append(deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0])
     policy, critic = engines
-    shared = policy if lora else OneBase(load_policy(sft, run.tokenizer, dtype, "--sft_model"))
-    shared = policy if lora else freeze(shared, config, run.device)
+    shared = policy if one else freeze(OneBase(base), config, run.device)
     reference = functools.partial(shared, role="reference")
     return Models(policy, reference, critic, score_answers)
 
@@ -356,14 +358,17 @@ def main(args):
     seed_everything(args.seed)
     truth = load_truth(args)
     sft, tokenizer, config = rl_inputs(args, world)
+    reference = reference_inputs(args, sft, tokenizer)
     rm = reward_inputs(args)
     critic_folder = critic_inputs(args, sft, rm, tokenizer)
     out = output_folder(args)
     train, test = rl_prompts(tokenizer, args, world)
     run = Run(args, tokenizer, device, rank, world)
-    checkpoints = Checkpoints(out, args, (train, test), {sft, rm, critic_folder})
+    reads = {sft, reference, rm, critic_folder}
+    checkpoints = Checkpoints(out, args, (train, test), reads)
 
-    models = Models(*(share_models if args.share_base else load_models)(sft, rm, critic_folder, config, run))
+    load = share_models if args.share_base else load_models
+    models = Models(*load(sft, reference, rm, critic_folder, config, run))
     engines = {"policy": models.policy, **({} if args.share_base else {"critic": models.critic})}
     start, state = checkpoints.resume(engines)
     log = MetricLog(out, args, SHOWN, args.max_steps, start)
@@ -403,7 +408,8 @@ def main(args):
         # 5. log and steer beta
         moves = step >= args.critic_warmup
         if step == 0:
-            self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer, dtype_of(config))
+            self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer, dtype_of(config),
+                       apart=reference != sft)
         metrics.update(update_stats, lr=args.lr * moves, episode=(step + 1) * global_batch,
                        **clock.row(global_batch), **{"memory/peak_gb": peak_memory_gb(device)})
         if moves:

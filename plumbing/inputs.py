@@ -125,7 +125,23 @@ def check_batches(args, world):
            f"{epochs * args.rollout_batch // size} = {epochs} epochs x {args.rollout_batch // size}")
 
 
-def gvm_inputs(args, sft, tokenizer):
+def reference_inputs(args, sft, tokenizer):
+    """The model that KL is taken to, checked: --reference_model, or the model that the policy starts as."""
+    folder = args.reference_model or sft
+    if model_place(folder) == model_place(sft):
+        return sft
+    its_tokenizer = load_tokenizer(folder, "--reference_model")
+    check_model(folder, its_tokenizer, "--reference_model", *room(args))
+    if tokenizer_fingerprint(its_tokenizer) != tokenizer_fingerprint(tokenizer):
+        raise BadInput(f"--reference_model {folder}: another vocabulary than the policy's, which starts as "
+                       f"{sft}; name the model that this one was trained from.")
+    if getattr(args, "share_base", False):
+        raise BadInput("--share_base has one copy of the weights, so that the policy starts as its "
+                       "reference: leave --reference_model or --share_base out.")
+    return folder
+
+
+def gvm_inputs(args, reference, tokenizer):
     """(folder of the GVM, its gvm.json); the tokenizer gets the GVM's chat template. With --value_fn, which
     gives the values in its place, (None, {"k": 0})."""
     if args.value_fn and args.value_model:
@@ -141,10 +157,10 @@ def gvm_inputs(args, sft, tokenizer):
         raise BadInput(f"{asked}: more than the {settings['context']} tokens that --value_model {folder} can "
                        f"read: lower one.")
     if settings["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
-        raise BadInput(f"--value_model {folder}: it was trained with another tokenizer than {sft} has; train "
-                       f"a GVM on this SFT model.")
+        raise BadInput(f"--value_model {folder}: it was trained with another tokenizer than {reference} has; "
+                       f"train a GVM on this model.")
     read_as_gvm(tokenizer, settings)
-    settings["on_sft"] = settings["base_model"] == model_place(sft)
+    settings["on_reference"] = settings["base_model"] == model_place(reference)
     return folder, settings
 
 

@@ -154,7 +154,7 @@ class OneBase(torch.nn.Module):
         return self.lm.generate(*args, **kwargs)
 
 
-def share_models(sft, rm, critic_folder, config, run):
+def share_models(sft, reference, rm, critic_folder, config, run):
     """PPO's (policy, reference, critic, reward) as adapters and heads on one copy of the SFT weights, under
     one engine and one optimizer for policy and critic, see train_ppo.load_models."""
     import deepspeed

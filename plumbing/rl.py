@@ -134,20 +134,23 @@ def check_scores_finite(step, rows, *scores):
                   for row, x in zip(rows, total) if not x.isfinite()])
 
 
-def self_check(row, batch, kl, first_ratio, tokenizer, dtype):
+def self_check(row, batch, kl, first_ratio, tokenizer, dtype, apart=False):
     """Printed once, at step 0: what must hold before the first update, on the first row of rank 0. Ends the
-    run where it does not hold: within rounding, which in bf16 depends on the rows beside a row."""
+    run where it does not hold: within rounding, which in bf16 depends on the rows beside a row.
+    apart: the reference is another model than the one that the policy starts as, and KL not 0"""
     ids, fp32 = row["prompt_ids"], dtype == torch.float32
     bos = (ids.count(tokenizer.bos_token_id)
            if tokenizer.bos_token_id not in (None, tokenizer.eos_token_id) else "no")
     trained = tokenizer.decode(batch.ids[0, batch.P:][batch.mask[0]])
-    print0(f"self-check: max |ratio - 1| {first_ratio:.1e} (0) | KL {kl:.1e} (0) | {bos} BOS (1, or no where "
-           f"the tokenizer has none)\n"
+    to = "to another model" if apart else 0
+    print0(f"self-check: max |ratio - 1| {first_ratio:.1e} (0) | KL {kl:.1e} ({to}) | {bos} BOS (1, or no "
+           f"where the tokenizer has none)\n"
            f"self-check: prompt  {tokenizer.decode(ids)!r}\nself-check: trained {trained!r}")
     length = batch.mask.sum().item() / len(batch.mask)
     holds = {"the policy that is trained does not say what the one that sampled said":
                  first_ratio <= (0.01 if fp32 else 1.0),
-             "the policy does not start as its reference": abs(kl) <= (1e-4 if fp32 else 1e-2) * length,
+             "the policy does not start as its reference":
+                 apart or abs(kl) <= (1e-4 if fp32 else 1e-2) * length,
              "the prompt begins with two BOS tokens, its chat template writes one too many":
                  bos == "no" or ids[:2] != 2 * [tokenizer.bos_token_id]}
     wrong = gather_rows([what for what, right in holds.items() if not right])

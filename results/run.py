@@ -12,6 +12,7 @@
     python results/run.py lr               the learning rates that `compare` uses were chosen by this
     python results/run.py beta             and DPO's beta by this
     python results/run.py instruction      the Instruction setting: label.py, then GVM and DVPO
+    python results/run.py refresh          a GVM that learns from the policy's own answers, in rounds
 
 Every run is a command line of the project's own scripts, printed before it starts; --jobs of them run at a
 time, each on one core. A finished run is kept (its folder has `done`), so that an interrupted grid continues.
@@ -23,6 +24,7 @@ import argparse
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -621,9 +623,62 @@ def instruction(grid, seeds):
                ["true reward", "length", "KL to its start"])
 
 
+GO_ON = ["--reward", "score", "--tau_warmup", 0, "--lr", 1e-3, "--max_steps", 100, "--eval_every", 0]
+LEG = 40  # steps of the policy in a round
+OWN = [0.9, 0.95, 1.0, 1.05, 1.1]  # temperatures of the answers that are labelled, one to a prompt each
+OWN_ANSWERS = 153 * len(OWN)  # to the prompts of the value share
+
+
+def refresh(grid, seeds):
+    """What refresh.sh does, two rounds. The frozen GVM's policy takes as many more steps as the others have
+    answers labelled. Labels are the world's, or the reward model's, on the scale of all answers that there
+    are."""
+    arms = {"frozen": None, "world's labels": ["--reward_fn", "toy.exact:score"], "reward model's labels": []}
+    legs = {}
+    for seed in seeds[:3]:
+        sft, rm, gvm = (make(base(seed)) for make in (grid.sft, grid.rm, grid.gvm))
+        start = grid.dvpo("refresh/start", seed, base(seed), values=gvm, patch="drift")
+        for arm, scorer in arms.items():
+            tag, policy, values = arm.partition("'")[0].replace(" ", "_"), start, gvm
+            legs.setdefault(f"{arm}, 0", []).append(start)
+            for part in (1, 2):
+                folder = grid.out / f"refresh/{tag}_{part}"
+                if scorer is not None:
+                    file = folder / f"labels_{seed}/labels.jsonl"
+                    labels = grid.add(file.parent, [
+                        "label.py", *grid.data[0], "--answers", grid.toy / "preferences.jsonl", "--shares",
+                        "value", "--policies", f"round_{part - 1}={policy.folder}", "--temperatures",
+                        *OWN, "--per_prompt", 0, "--seed", seed, "--out", file,
+                        *(scorer or ["--reward_model", rm.folder])], [policy, rm])
+                    values = grid.add(folder / f"gvm_{seed}", [
+                        "train_gvm.py", "--data", file, "--sft_model", sft.folder, "--value_model",
+                        values.folder, "--output_dir", folder / f"gvm_{seed}", "--seed", seed, *GO_ON],
+                        [labels])
+                steps = LEG + (OWN_ANSWERS // 32 if scorer is None else 0)
+                policy = grid.stage(f"refresh/{tag}_{part}/{seed}", "train_dvpo", [
+                    "--sft_model", policy.folder, "--reference_model", sft.folder, "--value_model",
+                    values.folder, "--seed", seed + 100 * part, "--eval_every", 0, "--max_steps", steps],
+                    [policy, values], grid.patched("drift"))
+                legs.setdefault(f"{arm}, {part}", []).append(policy)
+    grid.execute()
+    tags = {label: re.sub(r"\W+", "_", label) for label in legs}
+    final = grid.held_out("refresh/held_out", {"sft_1": grid.sft(1), **{
+        f"{tags[label]}_{i}": run for label, runs in legs.items() for i, run in enumerate(runs, 1)}})
+    grid.execute()
+    table, columns = {}, []
+    for label, runs in legs.items():
+        numbers = {"true reward": of_policies(final, tags[label], len(runs))["true reward"],
+                   "KL": [of_one_run(run)["kl"] for run in runs]}
+        for name in ("drift/bias_before", "drift/rmse_before", "drift/bias_after", "drift/rmse_after"):
+            for part, steps in (("first", slice(0, TAIL)), ("last", slice(-TAIL, None))):
+                numbers[f"{name}, {part} 5"] = [column(rows_of(run), name)[steps].mean() for run in runs]
+        table[label], columns = spread(numbers), list(numbers)
+    save_table("refresh", table, columns)
+
+
 if __name__ == "__main__":
-    experiments = {f.__name__: f for f in (compare, pipeline, lr, beta, instruction, baseline, advantage, lam,
-                                           conditioning, normalization, drift, frontier)}
+    experiments = {f.__name__: f for f in (compare, pipeline, lr, beta, instruction, refresh, baseline,
+                                           advantage, lam, conditioning, normalization, drift, frontier)}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("experiment", choices=experiments)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])

@@ -1,13 +1,16 @@
-"""A value model that is trained on."""
+"""A value model that is trained on, and a policy that goes on from a policy."""
 
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train_dvpo
 import train_gvm
-from conftest import copy_of, edit_json, metrics, run_stage
+import train_ppo
+from conftest import copy_of, edit_json, metrics, recorded, run_stage
 from plumbing.errors import BadInput
 
 
@@ -39,3 +42,56 @@ def test_what_cannot_be_trained_on(chain, flags, tmp_path):
         with pytest.raises(BadInput, match=said):
             run_stage(train_gvm, **{**run, **changes})
     assert not (tmp_path / "out/gvm.json").exists()
+
+
+def logprobs_of(folder, batch):
+    """log pi(a_t | s_t) [B, R] by transformers alone."""
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(
+            batch.ids, attention_mask=batch.attention, position_ids=batch.positions).logits[:, batch.P - 1:-1]
+    return logits.log_softmax(-1).gather(2, batch.ids[:, batch.P:, None])[..., 0] * batch.mask
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+@pytest.mark.parametrize("stage", [train_dvpo, train_ppo])
+def test_kl_is_to_the_reference_that_is_named(stage, lora_r, chain, baseline, flags, tmp_path, monkeypatch,
+                                              capsys):
+    """The policy starts as one model, and its KL is to another one, which the GVM grew from."""
+    known = ({**flags.dvpo, "value_model": chain.gvm} if stage is train_dvpo
+             else {**flags.ppo, "reward_model": baseline.rm})
+    known.update(lora_r=lora_r, max_steps=1, reference_model=chain.sft)
+    scores = []
+    recorded(monkeypatch, stage, "score", scores)
+    run_stage(stage, **known, sft_model=chain.dvpo, output_dir=tmp_path / "on")
+    scored = scores[0][1]
+    start, reference = logprobs_of(chain.dvpo, scored.batch), logprobs_of(chain.sft, scored.batch)
+    assert torch.allclose(scored.logp * scored.batch.mask, start, atol=1e-5)
+    assert torch.allclose(scored.ref_logp * scored.batch.mask, reference, atol=1e-5)
+    kl = (start - reference).sum(1).mean().item()
+    assert abs(kl) > 1e-3
+    assert metrics(tmp_path / "on")[0]["objective/kl"] == pytest.approx(kl, abs=1e-4)
+    assert "(to another model)" in capsys.readouterr().out
+
+    run_stage(stage, **known, sft_model=chain.sft, output_dir=tmp_path / "same")  # it is the default then
+    del known["reference_model"]
+    run_stage(stage, **known, sft_model=chain.sft, output_dir=tmp_path / "default")
+    same, default = (load_file(tmp_path / name / "model.safetensors") for name in ("same", "default"))
+    assert all(torch.equal(same[name], w) for name, w in default.items())
+
+
+def test_what_cannot_be_a_reference(chain, baseline, flags, tmp_path):
+    other = copy_of(chain.sft, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens("further")
+    tokenizer.save_pretrained(other)
+    edit_json(other / "config.json", vocab_size=len(tokenizer))
+    dvpo = {**flags.dvpo, "value_model": chain.gvm}
+    ppo = {**flags.ppo, "reward_model": baseline.rm}
+    for stage, changes, said in (
+            (train_dvpo, {**dvpo, "reference_model": other}, "--reference_model .*other: another vocabulary"),
+            (train_dvpo, {**dvpo, "reference_model": tmp_path}, "--reference_model "),
+            (train_ppo, {**ppo, "reference_model": chain.dvpo, "share_base": True, "lora_r": 2},
+             "leave --reference_model or --share_base out")):
+        with pytest.raises(BadInput, match=said):
+            run_stage(stage, **changes, sft_model=chain.sft, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
