@@ -101,9 +101,12 @@ def value_head(model):
 
 
 def load_gvm(folder, dtype, flag="--value_model", lm=None):
-    """Global value model written by train_gvm.py: base + adapter + head, and its settings.
-    lm: as in load_value_base."""
-    settings = gvm_settings(folder, flag)
+    """Global value model written by train_gvm.py: base + adapter + head, and its settings; or a critic of
+    train_ppo.py.  lm: as in load_value_base."""
+    settings = gvm_settings(folder, flag, critic=True)
+    if settings["critic"]:  # all of its weights are its own
+        critic = load_weights(AutoModelForTokenClassification, folder, flag, dtype=dtype)
+        return disable_dropout(critic), settings
     base = load_value_base(settings["base_model"], dtype, f"base model of {flag} {folder}:", lm)
     return disable_dropout(load_adapter(base, folder, flag)), settings
 

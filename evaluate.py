@@ -128,10 +128,11 @@ def calibration(predicted, actual, bins=10):
 Gvm = namedtuple("Gvm", "model tokenizer settings device micro_batch")
 
 
-def open_gvm(args, device):
-    """The value model with its tokenizer and gvm.json, refused if it was trained under another split."""
+def open_gvm(args, device, critic=False):
+    """The value model with its tokenizer and gvm.json, refused if it was trained under another split.
+    critic: whether it may be a critic of train_ppo.py"""
     folder = stage_folder(args.model, "gvm", args.value_model, "--value_model", "train_gvm.py")
-    settings = gvm_settings(folder)
+    settings = gvm_settings(folder, critic=critic)
     if settings["split_seed"] != args.split_seed:
         raise BadInput(f"--split_seed {args.split_seed}: what it holds out was not held out from {folder}, "
                        f"trained under {settings['split_seed']}; give that one.")
@@ -143,17 +144,19 @@ def open_gvm(args, device):
 
 @torch.no_grad()
 def token_values(gvm, jobs):
-    """Values along each response: V(s_1), read at the last prompt token, then Q_t of each of its tokens t.
+    """Values along each response: V(s_1), read at the last prompt token, then Q_t of each of its tokens t. Of
+    a critic V(s_1) .. V(s_n), of the states before them: nothing has trained what it says behind them.
     jobs: list of (prompt ids with tau, response ids), those to one prompt beside each other: it is read once
-    returns list of [1 + response length] float64"""
+    returns list of [1 + response length] float64, [response length] of a critic"""
     found, longest = [], max((len(prompt) + len(response) for prompt, response in jobs), default=1)
+    behind = 0 if gvm.settings["critic"] else 1
     shared = can_share_prefix(gvm.model, longest, gvm.device, in_one_sequence)
     for start in tqdm(range(0, len(jobs), gvm.micro_batch), "values", disable=None):  # a bar on a terminal
         part = jobs[start:start + gvm.micro_batch]
         rows = [(*job, tuple(job[0]) if shared else i) for i, job in enumerate(part)]
         inputs, places, _ = pack(rows, gvm.tokenizer.pad_token_id, gvm.device, gvm.model.dtype)
         q = gvm.model(**inputs).logits[..., 0][places].double().cpu().numpy()  # [B, 1 + R]
-        found += [row[:1 + len(response)] for row, (_, response) in zip(q, part)]
+        found += [row[:len(response) + behind] for row, (_, response) in zip(q, part)]
     return finite(found, f"--value_model {gvm.settings['folder']}", "values")
 
 
@@ -226,7 +229,7 @@ def rank_pairs(gvm, pairs, pool, seed):
             found, tau = under_tau(gvm, pool, owner["policy"], pair, keyed_rng("tau", seed, i, turn))
             jobs, shortened = jobs + found, shortened + (len(tau) < k)
             tau_length.append(np.mean([len(answer_ids(gvm.tokenizer, a)) for _, a in tau]) if tau else 0.0)
-    values = [v[1:] for v in token_values(gvm, jobs)]
+    values = [v if gvm.settings["critic"] else v[1:] for v in token_values(gvm, jobs)]
     summary = np.array([[v.mean(), *np.percentile(v, [*PERCENTILES.values()])] for v in values])
     summary = summary.reshape(len(pairs), -1, 2, len(STATISTICS))  # [pair, tau's owner, good or bad, 7]
     shared = hits(summary[:, :, 0], summary[:, :, 1]).mean(1)      # [pair, 7]
@@ -251,8 +254,11 @@ def rank_pairs(gvm, pairs, pool, seed):
 
 def calibrate(gvm, rows, pairs, pool, args):
     """Last token's value, under a tau of the own policy, against the reward that the GVM was trained on. With
-    scores all responses count: the best alone would be the lucky ones. None if no response has a score."""
+    scores all responses count: the best alone would be the lucky ones. None if no response has a score, and
+    of a critic, which values no whole answer."""
     reward = gvm.settings["reward"]
+    if gvm.settings["critic"]:
+        return None
     if reward["kind"] == "preference":
         rows, actual = [row for pair in pairs for row in pair], [1.0, -1.0] * len(pairs)
     else:
@@ -289,6 +295,8 @@ def compare_with_reference(gvm, rows, pool, reference, args):
     known = reference([{**row, "tau": tau} for row, tau in zip(chosen, taus)])
     for row, v, k in zip(chosen, values, known):
         exact, bayes, decided = (np.asarray(k[name]) for name in ("exact", "bayes", "decided"))
+        if gvm.settings["critic"]:
+            exact, bayes, decided = exact[:-1], bayes[:-1], decided[:-1]
         if not v.shape == exact.shape == bayes.shape == decided.shape:
             raise BadInput(f"--reference_fn {args.reference_fn}: {len(exact)} values for a row of {len(v)}.")
         gaps = np.stack([v - exact, v - bayes, bayes - exact])  # [3, 1 + T]
@@ -376,7 +384,7 @@ def evaluate_gvm(args, device):
     reference = load_plug(args.reference_fn, "--reference_fn") if args.reference_fn else None
     if args.unseen_data and not reference and not args.continuations:
         raise BadInput("--unseen_data is compared with --reference_fn or --continuations: give one, too.")
-    gvm = open_gvm(args, device)
+    gvm = open_gvm(args, device, critic=True)
     known = sampled_values(args.continuations, gvm)
     rows, pairs, pool, left_out = read_held_out(args.data, gvm, args)
     pairs = some(pairs, args.pairs, args.seed)

@@ -310,8 +310,8 @@ def load_models(sft, reference, gvm_folder, settings, config, run):
     """policy: a DeepSpeed engine, the only one that learns. reference: the frozen model that KL is taken to.
     value: function (rows, tau) -> Q_0 .. Q_n of each row, by the frozen GVM (or by --value_fn).
 
-    The reference's weights are in memory once: a GVM that is LoRA on them (on_reference) and a LoRA policy
-    that starts as the reference use the same copy: `shared` answers by role.
+    The reference's weights are in memory once: a LoRA policy that starts as it is an adapter on them.
+    So is a GVM that grew from it (on_reference). `shared` answers by role.
     """
     import deepspeed
     args, dtype = run.args, dtype_of(config)

@@ -39,7 +39,7 @@ from plumbing.checkpoint import Checkpoints
 from plumbing.checks import check_finite
 from plumbing.deepspeed_config import adamw, dtype_of, step_norm
 from plumbing.folders import output_folder
-from plumbing.inputs import reward_inputs, rl_inputs
+from plumbing.inputs import reference_inputs, reward_inputs, rl_inputs
 from plumbing.lean import LogProbs, OneBase
 from plumbing.log import Clock, MetricLog, due
 from plumbing.ranks import all_sum, init_distributed, peak_memory_gb, seed_everything
@@ -54,7 +54,8 @@ from plumbing.texts import answer_text, ended
 class Args(RunArgs):
     # model
     model: str = "toy"  # Hugging Face id or folder; names the run folder
-    sft_model: str = ""  # policy and reference, default runs/<model name>/sft
+    sft_model: str = ""  # where the policy starts, default runs/<model name>/sft
+    reference_model: str = ""  # what KL is taken to, default: the model that the policy starts as
     reward_model: str = ""  # any causal one-label sequence classifier, default runs/<model name>/rm
     reward_fn: str = ""  # module:function that gives the reward in place of the reward model
     truth_fn: str = ""  # module:function that gives a true reward, which is logged and used by nothing
@@ -252,23 +253,25 @@ def held_out(models, truth, test, run):
 Models = namedtuple("Models", "policy reference reward")
 
 
-def load_models(sft, rm, config, run):
-    """policy: a DeepSpeed engine, the only one that learns. reference: the frozen SFT model. reward: function
-    (rows, policy) -> [B], by the frozen reward model (or by --reward_fn). With --lora_r the policy is an
-    adapter on the reference's weights, which are in memory once.
+def load_models(sft, reference, rm, config, run):
+    """policy: a DeepSpeed engine, the only one that learns. reference: the frozen model that KL is taken to.
+    reward: function (rows, policy) -> [B], by the frozen reward model (or by --reward_fn). With --lora_r a
+    policy that starts as the reference is an adapter on its weights, which are in memory once.
     """
     import deepspeed
-    args, dtype, lora = run.args, dtype_of(config), run.args.lora_r > 0
+    args, dtype = run.args, dtype_of(config)
     reward = load_reward(rm, config, run)
     policy = load_policy(sft, run.tokenizer, dtype, "--sft_model")
+    one = args.lora_r > 0 and reference == sft
+    base = policy if one else load_policy(reference, run.tokenizer, dtype, "--reference_model")
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable({"use_reentrant": False})
-    policy = OneBase(policy, lora=lora_config(policy, "CAUSAL_LM", args)) if lora else LogProbs(policy)
+    lora = lora_config(policy, "CAUSAL_LM", args) if args.lora_r else None
+    policy = OneBase(policy, lora=lora) if lora else LogProbs(policy)
     parameters, = train_only(policy, ".policy." if lora else "")  # nothing but the policy learns
     optimizer = adamw([(parameters, args.lr)], config, args.max_grad_norm)
     policy, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
-    shared = policy if lora else OneBase(load_policy(sft, run.tokenizer, dtype, "--sft_model"))
-    shared = policy if lora else freeze(shared, config, run.device)
+    shared = policy if one else freeze(OneBase(base), config, run.device)
     reference = functools.partial(shared, role="reference")
     return Models(policy, reference, reward)
 
@@ -278,13 +281,14 @@ def main(args):
     seed_everything(args.seed)
     truth = load_truth(args)
     sft, tokenizer, config = rl_inputs(args, world)
+    reference = reference_inputs(args, sft, tokenizer)
     rm = reward_inputs(args)
     out = output_folder(args)
     train, test = rl_prompts(tokenizer, args, world)
     run = Run(args, tokenizer, device, rank, world)
-    checkpoints = Checkpoints(out, args, (train, test), {sft, rm})
+    checkpoints = Checkpoints(out, args, (train, test), {sft, reference, rm})
 
-    models = load_models(sft, rm, config, run)
+    models = load_models(sft, reference, rm, config, run)
     start, state = checkpoints.resume({"policy": models.policy})
     log = MetricLog(out, args, SHOWN, args.max_steps, start)
     beta = state.get("beta", args.kl_coef)
@@ -325,7 +329,8 @@ def main(args):
 
         # 5. log and steer beta
         if step == 0:
-            self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer, dtype_of(config))
+            self_check(rows[0], batch, metrics["objective/kl"], first_ratio, tokenizer, dtype_of(config),
+                       apart=reference != sft)
         metrics.update(update_stats, lr=args.lr, episode=(step + 1) * global_batch,
                        **clock.row(global_batch), **{"memory/peak_gb": peak_memory_gb(device)})
         beta = next_kl_coef(beta, metrics["objective/kl"], args.kl_target, args.kl_horizon, global_batch)

@@ -48,8 +48,9 @@ from plumbing.inputs import critic_inputs, reference_inputs, reward_inputs, rl_i
 from plumbing.lean import LogProbs, OneBase, share_models
 from plumbing.log import Clock, MetricLog, due
 from plumbing.ranks import all_sum, init_distributed, peak_memory_gb, seed_everything
-from plumbing.rl import (check_scores_finite, held_out_metrics, held_out_rows, load_critic, load_reward,
-                         load_truth, rollout_metrics, score_metrics, self_check, show_samples, SHOWN, warn)
+from plumbing.rl import (check_scores_finite, held_out_metrics, held_out_rows, keep_critic, load_critic,
+                         load_reward, load_truth, rollout_metrics, score_metrics, self_check, show_samples,
+                         SHOWN, warn)
 from plumbing.rows import rl_prompts
 from plumbing.saving import save_model
 from plumbing.texts import answer_text, ended
@@ -84,6 +85,7 @@ class Args(RunArgs):
     cliprange: float = 0.2  # epsilon of Eq. 3
     cliprange_value: float = 0.2  # eps_V of the value loss [reward]
     critic_warmup: int = 0  # steps at the start in which only the critic is trained
+    critic_every: int = 0  # keep the critic as a value model this often and at the end [steps]; 0: never
     ppo_epochs: int = 4  # passes over each rollout batch
     kl_coef: float = 0.2  # initial beta, weight of the per-token KL to the reference [reward per nat]
     kl_target: float = 6.0  # objective/kl that beta is steered to [nats per response]; 0 keeps beta fixed
@@ -322,8 +324,9 @@ Models = namedtuple("Models", "policy reference critic reward")
 
 def load_models(sft, reference, rm, critic_folder, config, run):
     """policy and critic: DeepSpeed engines, which learn. reference: the frozen model that KL is taken to.
-    reward: function (rows, policy) -> [B], by the frozen reward model (or by --reward_fn). With --lora_r
-    policy and critic are adapters; a policy that starts as the reference is on its weights, in memory once.
+    reward: function (rows, policy) -> [B], by the frozen reward model (or by --reward_fn).
+
+    The reference's weights are in memory once: a LoRA policy that starts as it is an adapter on them.
     """
     import deepspeed
     from peft import get_peft_model
@@ -419,6 +422,8 @@ def main(args):
         log.write(step, metrics)
         warn(metrics)
         show_samples(step, rows, scored, out, run)
+        if due(step, args.max_steps, args.critic_every):
+            keep_critic(models.critic, critic_folder, step + 1, out, run)
         checkpoints.after(step, args.max_steps, beta=beta)
     save_model(models.policy, tokenizer, out, base=sft if args.lora_r else None)
     checkpoints.finish()

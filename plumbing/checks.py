@@ -257,8 +257,9 @@ def weights_fingerprint(model, flag="--model"):
     return crc
 
 
-def gvm_settings(folder, flag="--value_model"):
-    """gvm.json of a folder that train_gvm.py wrote: base model, K, tau's budget, tokenizer, template."""
+def gvm_settings(folder, flag="--value_model", critic=False):
+    """gvm.json of a folder that train_gvm.py wrote: base model, K, tau's budget, tokenizer, template.
+    critic: whether one may be read that train_ppo.py kept"""
     def checked(settings):
         wrong = [name for name, kind in GVM_SETTINGS.items() if not isinstance(settings[name], kind)
                  or (kind is int and settings[name] < (name == "context"))]
@@ -271,8 +272,13 @@ def gvm_settings(folder, flag="--value_model"):
         return settings
     settings = read_object(Path(folder) / "gvm.json", f"{flag} {folder}: not a folder that train_gvm.py "
                            "wrote", "train it again or name another", checked)
-    check_head(folder, flag)
-    return {**settings, "folder": str(folder)}
+    settings = {"critic": False, **settings, "folder": str(folder)}
+    if not settings["critic"]:
+        check_head(folder, flag)
+    elif not critic:
+        raise BadInput(f"{flag} {folder}: a critic of train_ppo.py, which values the state before each token "
+                       f"and no whole answer: `evaluate.py gvm` and --critic_model read it; name a GVM here.")
+    return settings
 
 
 def read_as_gvm(tokenizer, settings, flag="--value_model"):

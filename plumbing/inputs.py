@@ -193,6 +193,9 @@ def critic_inputs(args, sft, rm, tokenizer):
     if args.share_base and (rm == base_of(rm) or model_place(base_of(rm)) != model_place(sft)):
         raise BadInput(f"--share_base: the reward model {rm} is not LoRA on the SFT model {sft}; train "
                        f"one with train_rm.py, or leave --share_base out.")
+    if args.critic_every and args.share_base:
+        raise BadInput("--critic_every keeps a critic with weights of its own, which it has not with "
+                       "--share_base: leave one of the two out.")
     if args.critic_warmup >= args.max_steps:
         print0(f"warning: --critic_warmup {args.critic_warmup} is all of --max_steps: no policy is trained")
     return folder

@@ -1,6 +1,7 @@
 """What the scripts that sample share and what is not their method: the reward model or function, the
 self-check, samples, and the metrics that all of them log."""
 
+import functools
 import json
 from itertools import zip_longest
 from pathlib import Path
@@ -11,12 +12,14 @@ from transformers import AutoConfig, AutoModelForTokenClassification
 from common import (chat_ids, cut_pair, disable_dropout, freeze, load_gvm, load_reward_model,
                     load_reward_tokenizer, load_value_base, reward_scores, row_seed, value_head)
 from plumbing.args import load_numbers, load_plug, numbers_of
-from plumbing.checks import check_finite, pretrained, tokenizer_fingerprint
+from plumbing.checks import base_record, check_finite, pretrained, tokenizer_fingerprint
 from plumbing.deepspeed_config import dtype_of
 from plumbing.errors import BadInput, writing
 from plumbing.folders import base_of
+from plumbing.inputs import room
 from plumbing.ranks import all_sum, gather_rows, print0
-from plumbing.texts import legible, readable, text_ids
+from plumbing.saving import save_model
+from plumbing.texts import legible, readable, run_date, text_ids
 
 
 # ---- tau ---------------------------------------------------------------------------------------------------
@@ -102,7 +105,8 @@ def load_critic(folder, dtype):
     """V(s) on every token, from a reward model, a GVM or an SFT model (which gets a new head); adapters are
     merged, the head of a reward model is put on the scale of the standardized scores."""
     if (Path(folder) / "gvm.json").exists():
-        return load_gvm(folder, dtype, "--critic_model")[0].merge_and_unload().requires_grad_(True)
+        model = load_gvm(folder, dtype, "--critic_model")[0]
+        return (model.merge_and_unload() if hasattr(model, "peft_config") else model).requires_grad_(True)
     if base_of(folder) == folder and "SequenceClassification" not in str(
             pretrained(AutoConfig, folder, "--critic_model").architectures):
         return load_value_base(folder, dtype, "--critic_model")
@@ -116,6 +120,20 @@ def load_critic(folder, dtype):
         head.weight.copy_(value_head(model).weight / scale)
         head.bias.fill_(-center / scale)
     return critic
+
+
+def keep_critic(critic, start, steps, out, run):
+    """Write PPO's critic behind so many steps to <out>/critic_<steps>, for `evaluate.py gvm`. Adapters are
+    merged.  start: the folder that it started from"""
+    args, tokenizer = run.args, run.tokenizer
+    save_model(critic, tokenizer, Path(out) / f"critic_{steps}", adapter="default",
+               base=functools.partial(load_critic, start) if args.lora_r else None,
+               extra={"gvm.json": {
+                   **base_record(base_of(start)), "critic": True, "k": 0, "tau_question_tokens": 0,
+                   "tau_answer_tokens": 0, "max_length": room(args)[0], "context": room(args)[0],
+                   "chat_template": tokenizer.chat_template, "date": run_date(),
+                   "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer), "split_seed": args.split_seed,
+                   "reward": {"kind": "preference"}}})
 
 
 # Metrics on the terminal, those of them that a script has

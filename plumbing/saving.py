@@ -33,10 +33,11 @@ def replace_files(saving, out):
     sync(out)
 
 
-def save_model(engine, tokenizer, out, base=None, extra=None):
+def save_model(engine, tokenizer, out, base=None, adapter="policy", extra=None):
     """Write what stock transformers (and peft) load, safetensors, from any ZeRO stage. Called by every rank.
 
-    base:  folder or id of the LoRA base: the adapter is merged into a fresh copy of it. None: save as it is.
+    base:  folder or id of the LoRA base, or a function dtype -> model: `adapter` is merged into a fresh copy
+           of it. None: save as it is.
     extra: {file name: JSON-able}, written beside the weights
     """
     state = engine._zero3_consolidated_16bit_state_dict() if engine.zero_optimization_stage() == 3 else None
@@ -49,11 +50,13 @@ def save_model(engine, tokenizer, out, base=None, extra=None):
             if base is not None:  # merged in a fresh copy, because the weights of the run may be sharded
                 from peft import PeftModel
                 getattr(engine.module, "adapters", engine.module).save_pretrained(
-                    saving / "adapter", selected_adapters=["policy"],
+                    saving / "adapter", selected_adapters=[adapter],
                     state_dict={name.removeprefix("adapters."): x for name, x in state.items()})
-                model = pretrained(AutoModelForCausalLM, base, dtype=next(iter(state.values())).dtype)
-                model.generation_config = module.generation_config
-                module = PeftModel.from_pretrained(model, saving / "adapter/policy").merge_and_unload()
+                dtype = next(iter(state.values())).dtype
+                model = base(dtype) if callable(base) else pretrained(AutoModelForCausalLM, base, dtype=dtype)
+                model.generation_config = getattr(module, "generation_config", None)
+                place = saving / "adapter" / adapter.removeprefix("default")  # peft's own name has no folder
+                module = PeftModel.from_pretrained(model, place).merge_and_unload()
                 state = module.state_dict()
                 shutil.rmtree(saving / "adapter")
             if hasattr(module, "peft_config"):

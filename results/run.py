@@ -13,6 +13,7 @@
     python results/run.py beta             and DPO's beta by this
     python results/run.py instruction      the Instruction setting: label.py, then GVM and DVPO
     python results/run.py refresh          a GVM that learns from the policy's own answers, in rounds
+    python results/run.py critic           PPO's critic as a value model, beside the GVM
 
 Every run is a command line of the project's own scripts, printed before it starts; --jobs of them run at a
 time, each on one core. A finished run is kept (its folder has `done`), so that an interrupted grid continues.
@@ -142,10 +143,11 @@ class Grid:
                                   draw, "--json", folder / "policy.json"], list(policies.values()))
                 for draw, folder in folders.items()]
 
-    def quality(self, gvm):
-        """evaluate.py gvm on it, as JSON."""
-        folder = gvm.folder.with_name(gvm.folder.name + "_quality")
-        return self.add(folder, ["evaluate.py", "gvm", "--value_model", gvm.folder, "--pairs", 100,
+    def quality(self, gvm, model=None):
+        """evaluate.py gvm on it, or on a model that this run kept, as JSON."""
+        model = model or gvm.folder
+        folder = model.with_name(model.name + "_quality")
+        return self.add(folder, ["evaluate.py", "gvm", "--value_model", model, "--pairs", 100,
                                  *self.data[0], "--unseen_data", self.toy / "unseen.jsonl",
                                  "--json", folder / "gvm.json"], [gvm])
 
@@ -631,8 +633,7 @@ OWN_ANSWERS = 153 * len(OWN)  # to the prompts of the value share
 
 def refresh(grid, seeds):
     """What refresh.sh does, two rounds. The frozen GVM's policy takes as many more steps as the others have
-    answers labelled. Labels are the world's, or the reward model's, on the scale of all answers that there
-    are."""
+    answers labelled. Labels are the world's, or the reward model's."""
     arms = {"frozen": None, "world's labels": ["--reward_fn", "toy.exact:score"], "reward model's labels": []}
     legs = {}
     for seed in seeds[:3]:
@@ -646,10 +647,10 @@ def refresh(grid, seeds):
                 if scorer is not None:
                     file = folder / f"labels_{seed}/labels.jsonl"
                     labels = grid.add(file.parent, [
-                        "label.py", *grid.data[0], "--answers", grid.toy / "preferences.jsonl", "--shares",
-                        "value", "--policies", f"round_{part - 1}={policy.folder}", "--temperatures",
-                        *OWN, "--per_prompt", 0, "--seed", seed, "--out", file,
-                        *(scorer or ["--reward_model", rm.folder])], [policy, rm])
+                        "label.py", *grid.data[0], "--shares", "value", "--policies",
+                        f"round_{part - 1}={policy.folder}", "--temperatures", *OWN, "--per_prompt", 0,
+                        "--seed", seed, "--out", file, *(scorer or ["--reward_model", rm.folder])],
+                        [policy, rm])
                     values = grid.add(folder / f"gvm_{seed}", [
                         "train_gvm.py", "--data", file, "--sft_model", sft.folder, "--value_model",
                         values.folder, "--output_dir", folder / f"gvm_{seed}", "--seed", seed, *GO_ON],
@@ -676,9 +677,43 @@ def refresh(grid, seeds):
     save_table("refresh", table, columns)
 
 
+def critic(grid, seeds):
+    """PPO keeps its critic every ten steps. How well each ranks held-out pairs, and how far its values are
+    from the exact ones of the policy at that time, on the rollouts of these ten steps; GVMs beside it, whose
+    error is that of drift(), on DVPO's policy."""
+    every, ranked, errors = 10, {}, {}
+    for seed in seeds[:3]:
+        rm, sft = grid.rm(base(seed)), grid.sft(base(seed))
+        folder = grid.out / f"critic/{seed}"
+        ppo = grid.stage(f"critic/{seed}", "train_ppo", [
+            "--sft_model", sft.folder, "--reward_model", rm.folder, "--seed", seed, "--eval_every", 0,
+            "--critic_every", every], [sft, rm], grid.patched("drift_critic"))
+        for steps in range(every, 61, every):
+            kept = grid.quality(ppo, folder / f"critic_{steps}")
+            ranked.setdefault(f"critic, {steps} steps", []).append(kept)
+            errors.setdefault(f"critic, {steps} steps", []).append((ppo, slice(steps - every, steps)))
+        dvpo = grid.dvpo("drift", seed, base(seed), values=grid.gvm(base(seed)), patch="drift")
+        ranked.setdefault("GVM, K = 4", []).append(grid.quality(grid.gvm(base(seed))))
+        for name, steps in (("first", slice(0, every)), ("last", slice(-every, None))):
+            errors.setdefault(f"GVM, K = 4, {name} steps", []).append((dvpo, steps))
+        ranked.setdefault("GVM, K = 0", []).append(grid.quality(grid.gvm(base(seed), "--k", 0)))
+    grid.execute()
+    table, columns = {}, ["pairs ranked right", "drift/rmse_before", "drift/bias_before", "drift/rmse_after",
+                          "drift/bias_after"]
+    for label in [*ranked, *errors]:
+        numbers = table.setdefault(label, {})
+        if label in ranked:
+            numbers[columns[0]] = [json.loads((run.folder / "gvm.json").read_text())["ranking"]["shared_tau"]
+                                   ["mean"]["accuracy"] for run in ranked[label]]
+        for name in columns[1:] if label in errors else ():
+            numbers[name] = [column(rows_of(run), name)[steps].mean() for run, steps in errors[label]]
+    save_table("critic", {label: spread(numbers) for label, numbers in table.items()}, columns)
+
+
 if __name__ == "__main__":
-    experiments = {f.__name__: f for f in (compare, pipeline, lr, beta, instruction, refresh, baseline,
-                                           advantage, lam, conditioning, normalization, drift, frontier)}
+    experiments = {f.__name__: f for f in (compare, pipeline, lr, beta, instruction, refresh, critic,
+                                           baseline, advantage, lam, conditioning, normalization, drift,
+                                           frontier)}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("experiment", choices=experiments)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])

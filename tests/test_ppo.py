@@ -12,12 +12,15 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import evaluate
+import train_dvpo
 import train_ppo
 import train_rm
 from common import (answer_ids, chat_ids, collate, load_gvm, load_reward_model, load_tokenizer,
                     load_value_base, reward_scores)
-from conftest import clean_env, fingerprint, metrics, recorded, run_of, run_stage, word_tokenizer
+from conftest import argv_of, clean_env, fingerprint, metrics, recorded, run_of, run_stage, word_tokenizer
 from plumbing import rl
+from plumbing.args import command_args
 from plumbing.errors import BadInput
 
 CPU = torch.device("cpu")
@@ -422,3 +425,51 @@ def test_a_critic_of_another_vocabulary(baseline, chain, flags, models_folder, t
     with pytest.raises(BadInput, match="--critic_model .*another vocabulary"):
         run_stage(train_ppo, **flags.ppo, sft_model=chain.sft, reward_model=baseline.rm,
                   critic_model=tmp_path, output_dir=tmp_path / "out")
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_a_kept_critic_is_the_one_of_the_run(lora_r, chain, baseline, flags, tmp_path, monkeypatch):
+    """Its folder gives the values that the run read in the step behind it; it is no GVM for other readers."""
+    scores = []
+    recorded(monkeypatch, train_ppo, "score", scores)
+    run = {**flags.ppo, "sft_model": chain.sft, "reward_model": baseline.rm, "lora_r": lora_r}
+    run_stage(train_ppo, **run, critic_every=2, output_dir=tmp_path / "ppo")
+    assert {path.name for path in tmp_path.glob("ppo/critic_*")} == {"critic_2", "critic_3"}
+    scored = scores[2][1]
+    critic, settings = load_gvm(tmp_path / "ppo/critic_2", torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(train_ppo.response_values(critic, scored.batch) * scored.batch.mask,
+                              scored.values * scored.batch.mask, atol=1e-5)
+    again = rl.load_critic(str(tmp_path / "ppo/critic_2"), torch.float32)
+    assert fingerprint(again) == fingerprint(critic) and all(p.requires_grad for p in again.parameters())
+
+    run_stage(train_ppo, **run, output_dir=tmp_path / "without")  # keeping it changes nothing
+    kept, without = (load_file(tmp_path / name / "model.safetensors") for name in ("ppo", "without"))
+    assert all(torch.equal(kept[name], w) for name, w in without.items())
+    with pytest.raises(BadInput, match="critic_2: a critic of train_ppo.py"):
+        run_stage(train_dvpo, **flags.dvpo, sft_model=chain.sft, value_model=tmp_path / "ppo/critic_2",
+                  output_dir=tmp_path / "dvpo")
+    with pytest.raises(BadInput, match="--critic_every keeps a critic"):
+        run_stage(train_ppo, **{**run, "lora_r": 2}, share_base=True, critic_every=1,
+                  output_dir=tmp_path / "shared")
+
+
+def test_a_critic_is_ranked_and_compared_on_the_states_before_the_tokens(chain, baseline, flags, tmp_path,
+                                                                         monkeypatch):
+    """V(s_1) .. V(s_n) are looked at, and nothing behind them."""
+    run_stage(train_ppo, **flags.ppo, sft_model=chain.sft, reward_model=baseline.rm, critic_every=3,
+              output_dir=tmp_path / "ppo")
+    folder, seen = tmp_path / "ppo/critic_3", []
+    reference = lambda rows: [{name: [0.0] * (1 + len(row["response_ids"])) for name in ("exact", "bayes")}
+                              | {"decided": [False] * len(row["response_ids"]) + [True]} for row in rows]
+    monkeypatch.setattr(evaluate, "load_plug", lambda *_: reference)
+    recorded(monkeypatch, evaluate, "token_values", seen)
+    words = argv_of({"value_model": folder, "model": flags.ppo["model"], "data": flags.ppo["data"],
+                     "dtype": "float32", "reference_fn": "a:b"})
+    _, args = command_args(evaluate.Args, evaluate.COMMANDS, ["gvm", *words], outputs=())
+    result = evaluate.evaluate_gvm(args, CPU)
+    for (_, jobs), values in seen:
+        assert [len(v) for v in values] == [len(answer) for _, answer in jobs]
+    assert result["calibration"] is None
+    assert result["reference"]["seen"]["decided"] == {}  # the slot behind EOS is not compared
+    assert result["reference"]["seen"]["before"]["gvm_exact"] > 0

@@ -20,13 +20,13 @@ import run
 PATCHES = sorted((ROOT / "results/ablations").glob("*.patch"))
 
 
-def patched(name, tmp_path):
-    """train_dvpo with a patch applied, as a module of its own."""
-    path = tmp_path / "train_dvpo.py"
-    path.write_text((ROOT / "train_dvpo.py").read_text())
+def patched(name, tmp_path, script="train_dvpo"):
+    """A script with a patch applied, as a module of its own."""
+    path = tmp_path / f"{script}.py"
+    path.write_text((ROOT / path.name).read_text())
     subprocess.run(["git", "apply", str(ROOT / "results/ablations" / f"{name}.patch")], cwd=tmp_path,
                    check=True)
-    spec = importlib.util.spec_from_file_location(f"train_dvpo_{name}", path)
+    spec = importlib.util.spec_from_file_location(f"{script}_{name}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -37,13 +37,15 @@ def test_there_are_patches():
 
 
 @pytest.mark.parametrize("path", PATCHES, ids=lambda path: path.stem)
-def test_a_patch_applies_and_the_script_still_trains(path, tmp_path, chain, flags, monkeypatch):
+def test_a_patch_applies_and_the_script_still_trains(path, tmp_path, chain, baseline, flags, monkeypatch):
     """One step on the test models; the drift patches ask the toy for exact values, which are stubbed here."""
     import toy.exact
     monkeypatch.setattr(toy.exact, "values", lambda rows, policy, tokenizer:
                         [[0.0] * (1 + len(row["response_ids"])) for row in rows])
-    module = patched(path.stem, tmp_path)
-    run_stage(module, **{**flags.dvpo, "max_steps": 2}, sft_model=chain.sft, value_model=chain.gvm,
+    script = "train_ppo" if "critic" in path.stem else "train_dvpo"
+    run = {"train_ppo": {**flags.ppo, "reward_model": baseline.rm},
+           "train_dvpo": {**flags.dvpo, "value_model": chain.gvm}}[script]
+    run_stage(patched(path.stem, tmp_path, script), **{**run, "max_steps": 2}, sft_model=chain.sft,
               truth_fn="toy_truth:constant" if "drift" in path.stem else "", output_dir=tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and rows[-1]["objective/kl"] != 0

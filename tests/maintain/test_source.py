@@ -100,8 +100,8 @@ def test_the_flags_of_siblings_differ_in_the_method_alone():
              for module in (train_ppo, train_remax, train_grpo, train_rm, train_dpo)}
     assert flags[train_remax] < flags[train_ppo]
     assert flags[train_ppo] - flags[train_remax] == {
-        "critic_model", "critic_lr", "critic_warmup", "share_base", "gae_lam", "cliprange", "cliprange_value",
-        "ppo_epochs", "early_stop_kl"}
+        "critic_model", "critic_lr", "critic_warmup", "critic_every", "share_base", "gae_lam", "cliprange",
+        "cliprange_value", "ppo_epochs", "early_stop_kl"}
     assert flags[train_grpo] - flags[train_remax] == {"group_size", "std_norm", "loss_mean", "ppo_epochs",
                                                       "cliprange"}
     assert flags[train_remax] < flags[train_grpo]
