@@ -356,12 +356,13 @@ class FiniteScores(LogitsProcessor):
 
 @torch.no_grad()
 def generate(engine, prompts, seeds, max_new_tokens, temperature, tokenizer, device, static_cache=False,
-             batch=64):
+             batch=64, begin=None):
     """Sample one answer per prompt from softmax(logits / temperature); temperature 0 is greedy.
 
     prompts: B lists of token ids;  seeds: B integers, one per row
     static_cache: keys and values in tensors of a fixed size, with which transformers compiles the decoding
              step on a GPU; prompts are padded to a multiple of 64, so that few sizes are compiled
+    begin:   function (model, Batch) -> what the model goes on from, see plumbing.lean.read_once
     returns  B lists of sampled ids, cut behind the first of end_ids; an answer without one was truncated at
              max_new_tokens
     """
@@ -377,7 +378,8 @@ def generate(engine, prompts, seeds, max_new_tokens, temperature, tokenizer, dev
                            device, 64 if static_cache else 1)
             noise = [GumbelNoise(seeds[i:i + batch], temperature, device)] if temperature > 0 else []
             out = model.generate(rows.ids, attention_mask=rows.attention, generation_config=config,
-                                 logits_processor=LogitsProcessorList([finite, *noise]))
+                                 logits_processor=LogitsProcessorList([finite, *noise]),
+                                 **(begin(model, rows) if begin else {}))
             for row in out[:, rows.P:].tolist():
                 end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
                 answers.append(row[:end])

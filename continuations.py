@@ -36,6 +36,7 @@ from plumbing.data import prompt_text, read_data, report_drops, split_of
 from plumbing.errors import BadInput
 from plumbing.files import write_whole
 from plumbing.inputs import reward_inputs
+from plumbing.lean import read_once
 from plumbing.policies import (SCORING, check_settings, digest, let_go, lock_file, policies_of, sampled_by,
                                score, tokenizers_of, turns_for)
 from plumbing.ranks import init_distributed, print0
@@ -119,7 +120,7 @@ def sample(folder, policies, tokenizers, rows, kept, args, device):
                                         if key not in kept.rows})
     if not any(todo.values()):
         return
-    tokenizer = tokenizers[folder]
+    tokenizer, at_once = tokenizers[folder], max(1, args.micro_batch // args.continuations)
     model = load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policies").to(device).eval()
 
     def go_on(part, name):
@@ -129,15 +130,15 @@ def sample(folder, policies, tokenizers, rows, kept, args, device):
             seeds = [row_seed(args.seed, name, key, i) for key, _, _, i in jobs]
             answers = generate(model, [prompt + said for _, prompt, said, _ in jobs], seeds,
                                args.response_length - t, policies[name].temperature, tokenizer, device,
-                               batch=args.micro_batch)
+                               batch=at_once * args.continuations,
+                               begin=functools.partial(read_once, each=args.continuations))
             found += [(key, said + answer) for (key, _, said, _), answer in zip(jobs, answers)]
         return [{"key": key, "answers": [[answer_text(tokenizer, y).strip(), not ended(tokenizer, y)]
                                          for _, y in whole]}
                 for key, whole in groupby(found, lambda pair: pair[0])]
     for name, jobs in todo.items():
         kept.work(sorted(jobs.values(), key=lambda job: len(job[2])),
-                  max(1, args.micro_batch // args.continuations), functools.partial(go_on, name=name), name,
-                  device)
+                  at_once, functools.partial(go_on, name=name), name, device)
 
 
 def answers_to_score(rows, kept, reader, args):

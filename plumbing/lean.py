@@ -223,6 +223,18 @@ def read_behind(model, cache, batch):
                  use_cache=cache is not None, **{CACHE: cache}).logits
 
 
+def read_once(model, rows, each):
+    """What generate() goes on from: keys and values of all tokens of the prompts but the last, of a Batch in
+    which every prompt stands `each` times in a row, computed once. Nothing where a model cannot do it."""
+    if not can_share_prefix(model, rows.P, rows.ids.device):
+        return {}
+    ids, attention, positions = (x[::each, :-1] for x in rows[:3])
+    model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=True,
+          **{CACHE: (cache := DynamicCache())})
+    cache.batch_repeat_interleave(each)
+    return {CACHE: cache}
+
+
 def pack(rows, pad_id, device, dtype=torch.float32):
     """Rows that begin alike, as with one tau in front of each, in one sequence: the tokens in front are
     computed once, forward and backward. A token sees those in front of its row and its row's own, at the
@@ -329,5 +341,6 @@ def can_share_prefix(model, length, device, shared=behind_cache):
     agreed, ranks = all_sum(can, 1, device=device)
     SHARES[plain][shared] = length, agreed == ranks
     if agreed < ranks:
-        print0(f"tau is read anew with each prompt: {config.model_type} cannot share it ({why})")
+        print0(f"what rows have in front in common, as tau, is read anew with each of them: "
+               f"{config.model_type} cannot share it ({why})")
     return agreed == ranks

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import continuations
 import evaluate
 import train_gvm
-from common import answer_ids, chat_ids, load_tokenizer
+from common import answer_ids, chat_ids, generate, load_tokenizer
+from plumbing import lean
 from plumbing.args import parse_args
 from plumbing.data import split_of
 from plumbing.errors import BadInput
@@ -40,6 +41,20 @@ def words(chain, tmp_path, monkeypatch):
 def run(words, **changes):
     continuations.main(parse_args(continuations.Args, argv_of({**words, **changes})))
     return [json.loads(line) for line in Path({**words, **changes}["out"]).read_text().splitlines()]
+
+
+def test_a_place_is_read_once_for_all_of_its_continuations(words, chain, models_folder, monkeypatch):
+    """The same answers as where each row reads its own; a model that cannot go on from a cache does so."""
+    for folder, cannot in ((chain.sft, False), (models_folder / "gpt2", False), (chain.sft, True)):
+        tokenizer, model = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+        prompts = [ids for n in (3, 7, 5) for ids in [list(range(3, 3 + n))] * 4]
+        args = model, prompts, range(12), 6, 1.0, tokenizer, torch.device("cpu")
+        if cannot:
+            monkeypatch.setattr(lean, "can_share_prefix", lambda *_: False)
+        begins = []
+        begin = lambda *args: begins.append(lean.read_once(*args, each=4)) or begins[-1]
+        assert generate(*args, batch=8, begin=begin) == generate(*args)
+        assert len(begins) == 2 and all(bool(found) != cannot for found in begins)
 
 
 def test_the_mean_is_the_value(words, chain):
