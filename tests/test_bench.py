@@ -14,6 +14,7 @@ from conftest import ROOT, clean_env
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench
 import plan
+import scaling
 
 CONFIGS = sorted((ROOT / "benchmarks/configs").glob("*.json"))
 DS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "ds_configs").glob("*.json")}
@@ -142,3 +143,22 @@ def test_the_benchmark_measures_both_trainers(tmp_path, capsys, monkeypatch):
         bench.main([*flags, "--methods", "ppo_shared"])
     with pytest.raises(SystemExit, match="exceed the context"):
         bench.main(["--config", str(tmp_path / "config.json"), "--prompt", "200", "--response", "100"])
+
+
+def test_an_exponent_is_the_power_with_which_the_cost_grows():
+    x = [1, 2, 4, 8]
+    assert scaling.exponent(x, [3.0, 12.0, 48.0, 192.0]) == pytest.approx(2)
+    assert scaling.exponent([0, *x], [7.0, *[5.0] * 4]) == pytest.approx(0)  # K = 0 has no logarithm
+
+
+@pytest.mark.slow
+def test_the_cost_of_two_ranks_is_measured(tmp_path, monkeypatch, capsys):
+    """A cell of one rank and one of two, of both scripts, with shapes of a test."""
+    monkeypatch.setattr(scaling, "BASE", {"response": 8, "k": 1, "batch": 4, "ranks": 1})
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--grows", "ranks", "--steps", "3", "--json",
+                                      str(tmp_path / "out.json")])
+    scaling.main()
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["method"], row["ranks"]) for row in rows] == [("dvpo", 1), ("dvpo", 2), ("ppo", 1), ("ppo", 2)]
+    assert all(row["seconds"] > 0 and row["gb"] > 0 and row["length"] > 4 for row in rows)
+    assert "| ranks 2 | DVPO |" in capsys.readouterr().out
