@@ -159,6 +159,7 @@ def test_the_cost_of_two_ranks_is_measured(tmp_path, monkeypatch, capsys):
                                       str(tmp_path / "out.json")])
     scaling.main()
     rows = json.loads((tmp_path / "out.json").read_text())
-    assert [(row["method"], row["ranks"]) for row in rows] == [("dvpo", 1), ("dvpo", 2), ("ppo", 1), ("ppo", 2)]
+    assert [(row["method"], row["ranks"]) for row in rows] == [
+        ("dvpo", 1), ("dvpo", 2), ("ppo", 1), ("ppo", 2)]
     assert all(row["seconds"] > 0 and row["gb"] > 0 and row["length"] > 4 for row in rows)
     assert "| ranks 2 | DVPO |" in capsys.readouterr().out
