@@ -36,7 +36,7 @@ from plumbing.data import prompt_text, read_data, report_drops, split_of
 from plumbing.errors import BadInput
 from plumbing.files import write_whole
 from plumbing.inputs import reward_inputs
-from plumbing.lean import read_once
+from plumbing.lean import can_share_prefix, read_once
 from plumbing.policies import (SCORING, check_settings, digest, let_go, lock_file, policies_of, sampled_by,
                                score, tokenizers_of, turns_for)
 from plumbing.ranks import init_distributed, print0
@@ -122,6 +122,11 @@ def sample(folder, policies, tokenizers, rows, kept, args, device):
         return
     tokenizer, at_once = tokenizers[folder], max(1, args.micro_batch // args.continuations)
     model = load_policy(folder, tokenizer, getattr(torch, args.dtype), "--policies").to(device).eval()
+    longest = max(len(prompt + said) for jobs in todo.values() for _, prompt, said in jobs.values())
+    # Asked here, as all ranks have to ask the same
+    once = args.micro_batch >= args.continuations and can_share_prefix(model, longest, device)
+    begin = functools.partial(read_once, each=args.continuations)
+    how = {"batch": at_once * args.continuations, "begin": begin} if once else {"batch": args.micro_batch}
 
     def go_on(part, name):
         found = []
@@ -130,8 +135,7 @@ def sample(folder, policies, tokenizers, rows, kept, args, device):
             seeds = [row_seed(args.seed, name, key, i) for key, _, _, i in jobs]
             answers = generate(model, [prompt + said for _, prompt, said, _ in jobs], seeds,
                                args.response_length - t, policies[name].temperature, tokenizer, device,
-                               batch=at_once * args.continuations,
-                               begin=functools.partial(read_once, each=args.continuations))
+                               **how)
             found += [(key, said + answer) for (key, _, said, _), answer in zip(jobs, answers)]
         return [{"key": key, "answers": [[answer_text(tokenizer, y).strip(), not ended(tokenizer, y)]
                                          for _, y in whole]}

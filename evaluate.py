@@ -319,6 +319,8 @@ def sampled_values(files, gvm):
     """{(text of the prompt, policy, answer): {place: (tokens, mean, its squared standard error)}} of files of
     continuations.py, in units of the GVM's reward. place: a share of the answer"""
     reward, found = gvm.settings["reward"], {}
+    if files and gvm.settings["critic"]:
+        raise BadInput("--continuations: means of scores, and a critic's values have the KL penalty in them.")
     if files and (reward["kind"] == "preference" or gvm.settings["gamma"] != 1):
         raise BadInput("--continuations: means of scores, and this GVM learned +1 and -1 of pairs, or "
                        "discounts; train one with --reward score or model, and --gamma 1.")

@@ -59,6 +59,7 @@ class Args:
     per_prompt: int = 4  # how many of them answer each prompt, drawn for it; 0: all
     answers: list[str] = field(default_factory=list)  # files like --data; name=file names their policy
     reward_model: str = ""  # one-label sequence classifier, default runs/<model name>/rm
+    score_range: list[float] = field(default_factory=list)  # scores that become 1 and 10; see labelled_rows
     reward_fn: str = ""  # module:function that gives the score in its place: (rows, None, None) -> numbers
     data: str = "openbmb/UltraFeedback"  # hub id[:split] or a local json, jsonl or parquet file; prompts only
     split_seed: int = 0  # seed of the 30/50/20 split by prompt; keep it the same in every stage
@@ -183,8 +184,9 @@ def answers_to_score(found, prompts, tokenizer, args):
 def labelled_rows(prompts, answers, scores, args):
     """Rows in the schema of openbmb/UltraFeedback. Of a reward model's scores the lowest 1 % become 1, the
     highest 1 % 10: between them the map is linear, and one absurd answer does not press the others together.
-    A function's are kept: what they mean is known."""
-    low, high = np.quantile(list(scores.values()), [0, 1] if args.reward_fn else [0.01, 0.99])
+    With --score_range LOW HIGH several files have one map. A function's are kept: what they mean is known."""
+    low, high = args.score_range or np.quantile(list(scores.values()), [0, 1] if args.reward_fn else
+                                                [0.01, 0.99])
     if low == high:
         raise BadInput(f"all {len(scores)} numbers of --reward_fn {args.reward_fn} are {low:g}: it tells "
                        f"nothing apart; take another." if args.reward_fn else
@@ -215,6 +217,10 @@ def check_args(args):
         raise BadInput("--temperatures: two of them are one; they name the policies.")
     if not args.shares or set(args.shares) - set(SHARES):
         raise BadInput(f"--shares {' '.join(args.shares)}: some of {', '.join(SHARES)}.")
+    if args.score_range and (len(args.score_range) != 2 or not args.score_range[0] < args.score_range[1]
+                             or args.reward_fn):
+        raise BadInput("--score_range: two scores of a reward model, the lower one first; a function's "
+                       "numbers are kept as they are.")
     if args.per_prompt < 0:
         raise BadInput(f"--per_prompt {args.per_prompt}: a number of policies, or 0 for all.")
 
@@ -243,7 +249,7 @@ def main(args):
     prompts = prompts_of(records, readers, args)
     jobs, given = sampling_jobs(prompts, policies, args), given_answers(prompts, args)
     settings = {**sampled_by(policies, tokenizers, reward_model, args), "answers": given, "jobs": jobs,
-                "prompts": list(prompts)}
+                "prompts": list(prompts), **({"range": args.score_range} if args.score_range else {})}
     digests = {name: digest(value) for name, value in settings.items()}
     if check_settings(out, digests):
         remove_kept(out)  # left by a run that was killed when it had written all
@@ -283,7 +289,7 @@ def main(args):
             text += "; warning: that is most of them: raise it" * (sum(cut) > len(cut) / 2)
             print(f"  {policy}: {len(pairs)} answers, mean score {np.mean([x for x, _ in pairs]):.3f}{text}")
         flags = f": train_gvm.py --reward score --score_min {float(low)} --score_max {float(high)}"
-        use = flags if args.reward_fn else " became 1 to 10"
+        use = flags if args.reward_fn else f" became 1 to 10 (--score_range {float(low)} {float(high)})"
         print(f"{out}: {len(rows)} rows, {len(answers)} answers; scores from {low:.3f} to {high:.3f}{use}")
     dist.barrier()
     remove_kept(out)

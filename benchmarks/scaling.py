@@ -73,13 +73,19 @@ def main():
     parser.add_argument("--steps", type=int, default=5, help="steps of a run; the first two are not counted")
     parser.add_argument("--json", default="", help="write the numbers there")
     args = parser.parse_args()
+    if args.steps < 3:
+        sys.exit(f"error: --steps {args.steps}: the first two are not counted, take at least 3.")
     if args.json:
         check_place(args.json, "--json")
-    config = copy.deepcopy(read_config(args.config))
+    config, ds = copy.deepcopy(read_config(args.config)), json.loads((ROOT / args.ds_config).read_text())
+    needed = max(GROWS["k"]) * 97 + 32 + max(GROWS["response"]) + 1
+    if config.max_position_embeddings < needed:
+        sys.exit(f"error: --config {args.config}: a context of {config.max_position_embeddings} tokens, and "
+                 f"{needed} are read: take another.")
     config.vocab_size, results = WORDS, []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        dtype = torch.bfloat16 if "bf16" in json.loads((ROOT / args.ds_config).read_text()) else torch.float32
+        dtype = torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32
         bench.make_models(folder, config, dtype, flags_of({"k": 0, "response": 8, "batch": 32}, args))
         empty = bench.empty_process_gb()
         for name in args.grows:

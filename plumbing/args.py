@@ -100,9 +100,9 @@ def command_args(cls, commands, argv, outputs):
 
 MOST = 1e12
 LIMITS = {  # flag: smallest and largest value, in every script that has it
-    **dict.fromkeys(("lr", "critic_lr", "warmup_steps", "critic_warmup", "max_grad_norm", "eval_every",
-                     "sample_every", "save_every", "eval_pairs", "eval_prompts", "seed", "split_seed",
-                     "kl_coef", "kl_target", "early_stop_kl", "temperature"), (0, MOST)),
+    **dict.fromkeys(("lr", "critic_lr", "warmup_steps", "critic_warmup", "critic_every", "max_grad_norm",
+                     "eval_every", "sample_every", "save_every", "eval_pairs", "eval_prompts", "seed",
+                     "split_seed", "kl_coef", "kl_target", "early_stop_kl", "temperature"), (0, MOST)),
     "label_smoothing": (0, 0.5),
     **dict.fromkeys(("epochs", "lora_alpha", "max_length", "max_prompt_length", "response_length", "keep",
                      "kl_horizon", "tau_question_tokens", "tau_answer_tokens", "pairs", "prompts", "examples",

@@ -36,7 +36,8 @@ from plumbing.ranks import gather_rows, parents, print0
 from plumbing.texts import run_date
 
 
-MAY_DIFFER = {"resume", "save_every", "keep", "output_dir", "local_rank", "track"}  # they change no number
+# They change no number
+MAY_DIFFER = {"resume", "save_every", "keep", "critic_every", "output_dir", "local_rank", "track"}
 
 
 class Checkpoints:
@@ -57,7 +58,8 @@ class Checkpoints:
     def __init__(self, out, args, data, models):
         models = list(filter(None, models))
         for model in models:
-            if Path(out).resolve() == Path(model).resolve():
+            place = Path(model).resolve()
+            if Path(out).resolve() in [place, *[place.parent] * place.name.startswith("critic_")]:
                 raise BadInput(f"--output_dir {out}: a model that this run reads lies here; choose another "
                                f"folder.")
         if (Path(out) / "config.json").exists() and not (Path(out) / "args.json").exists():
@@ -138,6 +140,8 @@ class Checkpoints:
             with writing(self.folder.parent):
                 if not self.args.resume:  # left by a run that was killed when it had finished
                     self.clear()
+                for old in self.folder.parent.glob("critic_*/gvm.json") if self.found is None else ():
+                    remove(old.parent)  # of the run whose place this one takes
                 self.finished.unlink(missing_ok=True)
                 flags = json.dumps({**dataclasses.asdict(self.args), "date": run_date()}, indent=1)
                 write_whole(self.folder.parent / "args.json", flags, KEPT)

@@ -296,6 +296,8 @@ GVM_SETTINGS = {  # name in gvm.json: type
 
 def rm_settings(folder, flag="--reward_model"):
     """rm.json of a folder that train_rm.py wrote; {} for any other model, whose scores keep their scale."""
+    if os.path.lexists(Path(folder) / "gvm.json"):
+        raise BadInput(f"{flag} {folder}: a value model; a reward model is what train_rm.py writes.")
     if not os.path.lexists(Path(folder) / "rm.json"):
         return {}
 

@@ -38,7 +38,8 @@ def settings_that_differ(record, settings, beside):
     if not os.path.lexists(record):
         return None
     return read_object(record, f"{record}: cannot be read", f"delete it and {beside}",
-                       lambda then: [key for key in settings if then.get(key) != settings[key]])
+                       lambda then: [key for key in {**then, **settings}
+                                     if then.get(key) != settings.get(key)])
 
 
 @contextlib.contextmanager

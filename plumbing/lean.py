@@ -156,7 +156,7 @@ class OneBase(torch.nn.Module):
 
 def share_models(sft, reference, rm, critic_folder, config, run):
     """PPO's (policy, reference, critic, reward) as adapters and heads on one copy of the SFT weights, under
-    one engine and one optimizer for policy and critic, see train_ppo.load_models."""
+    one engine and one optimizer for policy and critic, see train_ppo.load_models. reference is sft here."""
     import deepspeed
     args = run.args
     policy = load_policy(sft, run.tokenizer, dtype_of(config), "--sft_model")
@@ -225,12 +225,10 @@ def read_behind(model, cache, batch):
 
 def read_once(model, rows, each):
     """What generate() goes on from: keys and values of all tokens of the prompts but the last, of a Batch in
-    which every prompt stands `each` times in a row, computed once. Nothing where a model cannot do it."""
-    if not can_share_prefix(model, rows.P, rows.ids.device):
-        return {}
+    which every prompt stands `each` times in a row, computed once. For models that can_share_prefix."""
     ids, attention, positions = (x[::each, :-1] for x in rows[:3])
-    model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=True,
-          **{CACHE: (cache := DynamicCache())})
+    model.base_model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=True,
+                     **{CACHE: (cache := DynamicCache())})
     cache.batch_repeat_interleave(each)
     return {CACHE: cache}
 

@@ -23,7 +23,7 @@ from plumbing.rows import reward_chat
 from plumbing.texts import readable
 
 Policy = namedtuple("Policy", "folder system temperature")
-SCORING = {"reward", "answers"}  # settings that change no sampled answer
+SCORING = {"reward", "answers", "range"}  # settings that change no sampled answer
 
 
 # ---- policies ----------------------------------------------------------------------------------------------

@@ -633,11 +633,19 @@ OWN_ANSWERS = 153 * len(OWN)  # to the prompts of the value share
 
 def refresh(grid, seeds):
     """What refresh.sh does, two rounds. The frozen GVM's policy takes as many more steps as the others have
-    answers labelled. Labels are the world's, or the reward model's."""
+    answers labelled. Labels are the world's, or the reward model's, on the scale that it has on the answers
+    of the data."""
     arms = {"frozen": None, "world's labels": ["--reward_fn", "toy.exact:score"], "reward model's labels": []}
-    legs = {}
+    legs, scales = {}, {}
+    for seed in seeds[:3]:
+        folder, rm = grid.out / f"refresh/scale_{seed}", grid.rm(base(seed))
+        scales[seed] = grid.add(folder, [
+            "label.py", *grid.data[0], "--answers", grid.toy / "preferences.jsonl", "--shares", "value",
+            "--reward_model", rm.folder, "--out", folder / "labels.jsonl"], [rm])
+    grid.execute()
     for seed in seeds[:3]:
         sft, rm, gvm = (make(base(seed)) for make in (grid.sft, grid.rm, grid.gvm))
+        scale = re.search(r"\((--score_range) (\S+) (\S+)\)", (scales[seed].folder / "log.txt").read_text())
         start = grid.dvpo("refresh/start", seed, base(seed), values=gvm, patch="drift")
         for arm, scorer in arms.items():
             tag, policy, values = arm.partition("'")[0].replace(" ", "_"), start, gvm
@@ -649,7 +657,7 @@ def refresh(grid, seeds):
                     labels = grid.add(file.parent, [
                         "label.py", *grid.data[0], "--shares", "value", "--policies",
                         f"round_{part - 1}={policy.folder}", "--temperatures", *OWN, "--per_prompt", 0,
-                        "--seed", seed, "--out", file, *(scorer or ["--reward_model", rm.folder])],
+                        "--seed", seed, "--out", file, *(scorer or ["--reward_model", rm.folder, *scale.groups()])],
                         [policy, rm])
                     values = grid.add(folder / f"gvm_{seed}", [
                         "train_gvm.py", "--data", file, "--sft_model", sft.folder, "--value_model",
@@ -680,18 +688,21 @@ def refresh(grid, seeds):
 def critic(grid, seeds):
     """PPO keeps its critic every ten steps. How well each ranks held-out pairs, and how far its values are
     from the exact ones of the policy at that time, on the rollouts of these ten steps; GVMs beside it, whose
-    error is that of drift(), on DVPO's policy."""
+    error is that of drift(), on DVPO's policy. A critic learns the reward model's scores less the KL penalty
+    that is to come; with the world's reward in their place only the penalty is between it and the truth."""
     every, ranked, errors = 10, {}, {}
     for seed in seeds[:3]:
         rm, sft = grid.rm(base(seed)), grid.sft(base(seed))
-        folder = grid.out / f"critic/{seed}"
-        ppo = grid.stage(f"critic/{seed}", "train_ppo", [
-            "--sft_model", sft.folder, "--reward_model", rm.folder, "--seed", seed, "--eval_every", 0,
-            "--critic_every", every], [sft, rm], grid.patched("drift_critic"))
-        for steps in range(every, 61, every):
-            kept = grid.quality(ppo, folder / f"critic_{steps}")
-            ranked.setdefault(f"critic, {steps} steps", []).append(kept)
-            errors.setdefault(f"critic, {steps} steps", []).append((ppo, slice(steps - every, steps)))
+        for name, reward in (("critic", ["--reward_model", rm.folder]), ("critic of the world's reward", [
+                "--reward_fn", "toy.exact:sampled_reward", "--critic_model", rm.folder])):
+            tag = "critic_world" if "world" in name else "critic"
+            ppo = grid.stage(f"{tag}/{seed}", "train_ppo", [
+                "--sft_model", sft.folder, *reward, "--seed", seed, "--eval_every", 0, "--critic_every",
+                every], [sft, rm], grid.patched("drift_critic"))
+            for steps in range(every, 61, every):
+                kept = grid.quality(ppo, ppo.folder / f"critic_{steps}")
+                ranked.setdefault(f"{name}, {steps} steps", []).append(kept)
+                errors.setdefault(f"{name}, {steps} steps", []).append((ppo, slice(steps - every, steps)))
         dvpo = grid.dvpo("drift", seed, base(seed), values=grid.gvm(base(seed)), patch="drift")
         ranked.setdefault("GVM, K = 4", []).append(grid.quality(grid.gvm(base(seed))))
         for name, steps in (("first", slice(0, every)), ("last", slice(-every, None))):

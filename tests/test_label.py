@@ -106,6 +106,18 @@ def test_scores_are_the_reward_models_of_the_text_in_the_file(words, baseline):
     assert len({mapped for _, mapped in pairs}) > 10
 
 
+def test_the_scale_of_another_file(words):
+    """With --score_range the map is the one that is named, and what is beyond it stays at its ends."""
+    for row in run_label(words, score_range=[-0.5, 0.25], out="scaled.jsonl"):
+        for c in row["completions"]:
+            mapped = 1 + 9 * (c["reward_model_score"] + 0.5) / 0.75
+            assert c["overall_score"] == pytest.approx(min(10, max(1, mapped)), abs=1e-5)
+    with pytest.raises(BadInput, match="begun with other settings .range."):
+        run_label(words, out="scaled.jsonl")
+    with pytest.raises(BadInput, match="--score_range: two scores of a reward model, the lower one first"):
+        run_label(words, score_range=[1, 0], out="other.jsonl")
+
+
 def test_answers_from_a_file_are_scored_with_the_others(words, data, capsys):
     """The data's own answers under their policies' names, pairs under a name of ours, nothing sampled."""
     pairs = [{"prompt": row["instruction"], "chosen": "yes .", "rejected": "no ."}

@@ -443,12 +443,21 @@ def test_a_kept_critic_is_the_one_of_the_run(lora_r, chain, baseline, flags, tmp
     again = rl.load_critic(str(tmp_path / "ppo/critic_2"), torch.float32)
     assert fingerprint(again) == fingerprint(critic) and all(p.requires_grad for p in again.parameters())
 
-    run_stage(train_ppo, **run, output_dir=tmp_path / "without")  # keeping it changes nothing
+    run_stage(train_ppo, **run, critic_every=0, output_dir=tmp_path / "ppo")  # keeping it changes nothing
+    assert not list(tmp_path.glob("ppo/critic_*"))  # they were not of this run
+    run_stage(train_ppo, **run, critic_every=2, output_dir=tmp_path / "ppo")
+    run_stage(train_ppo, **run, output_dir=tmp_path / "without")
     kept, without = (load_file(tmp_path / name / "model.safetensors") for name in ("ppo", "without"))
     assert all(torch.equal(kept[name], w) for name, w in without.items())
     with pytest.raises(BadInput, match="critic_2: a critic of train_ppo.py"):
         run_stage(train_dvpo, **flags.dvpo, sft_model=chain.sft, value_model=tmp_path / "ppo/critic_2",
                   output_dir=tmp_path / "dvpo")
+    with pytest.raises(BadInput, match="critic_2: a value model; a reward model is"):
+        run_stage(train_ppo, **{**run, "reward_model": tmp_path / "ppo/critic_2"},
+                  output_dir=tmp_path / "scored")
+    with pytest.raises(BadInput, match="a model that this run reads lies here"):  # it would be written over
+        run_stage(train_ppo, **run, critic_model=tmp_path / "ppo/critic_2", critic_every=1,
+                  output_dir=tmp_path / "ppo")
     with pytest.raises(BadInput, match="--critic_every keeps a critic"):
         run_stage(train_ppo, **{**run, "lora_r": 2}, share_base=True, critic_every=1,
                   output_dir=tmp_path / "shared")

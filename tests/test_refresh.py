@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_dvpo
 import train_gvm
 import train_ppo
-from conftest import copy_of, edit_json, metrics, recorded, run_stage
+from conftest import argv_of, copy_of, edit_json, metrics, recorded, run_stage, start
 from plumbing.errors import BadInput
 
 
@@ -95,3 +95,22 @@ def test_what_cannot_be_a_reference(chain, baseline, flags, tmp_path):
         with pytest.raises(BadInput, match=said):
             run_stage(stage, **changes, sft_model=chain.sft, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_two_ranks_with_another_reference_and_a_kept_critic(lora_r, chain, baseline, flags, tmp_path):
+    """Under ZeRO-3, where both are in parts: as one rank."""
+    config = tmp_path / "zero3.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    run = {**flags.ppo, "ds_config": config, "reward_model": baseline.rm, "sft_model": chain.dvpo,
+           "reference_model": chain.sft, "lora_r": lora_r, "max_steps": 2, "critic_every": 2}
+    for ranks, changes in ((1, {"accum_steps": 2}), (2, {"rollout_batch": 2})):
+        process = start(["train_ppo.py", *argv_of({**run, **changes, "output_dir": tmp_path / str(ranks)})],
+                        ranks, tmp_path / f"{ranks}.log")
+        assert process.wait() == 0, (tmp_path / f"{ranks}.log").read_text()[-2000:]
+    one, two = (metrics(tmp_path / name) for name in "12")
+    assert one[0]["objective/kl"] == pytest.approx(two[0]["objective/kl"], abs=1e-5) != 0
+    one, two = (load_file(tmp_path / name / "critic_2/model.safetensors") for name in "12")
+    assert one.keys() == two.keys() and all(w.numel() for w in two.values())
+    assert all(torch.allclose(two[name], w, atol=1e-4) for name, w in one.items())
