@@ -645,7 +645,8 @@ def refresh(grid, seeds):
     grid.execute()
     for seed in seeds[:3]:
         sft, rm, gvm = (make(base(seed)) for make in (grid.sft, grid.rm, grid.gvm))
-        scale = re.search(r"\((--score_range) (\S+) (\S+)\)", (scales[seed].folder / "log.txt").read_text())
+        said = (scales[seed].folder / "log.txt").read_text()
+        scale = re.search(r"\((--score_range) (\S+) (\S+)\)", said)
         start = grid.dvpo("refresh/start", seed, base(seed), values=gvm, patch="drift")
         for arm, scorer in arms.items():
             tag, policy, values = arm.partition("'")[0].replace(" ", "_"), start, gvm
