@@ -658,8 +658,8 @@ def refresh(grid, seeds):
                     labels = grid.add(file.parent, [
                         "label.py", *grid.data[0], "--shares", "value", "--policies",
                         f"round_{part - 1}={policy.folder}", "--temperatures", *OWN, "--per_prompt", 0,
-                        "--seed", seed, "--out", file, *(scorer or ["--reward_model", rm.folder, *scale.groups()])],
-                        [policy, rm])
+                        "--seed", seed, "--out", file,
+                        *(scorer or ["--reward_model", rm.folder, *scale.groups()])], [policy, rm])
                     values = grid.add(folder / f"gvm_{seed}", [
                         "train_gvm.py", "--data", file, "--sft_model", sft.folder, "--value_model",
                         values.folder, "--output_dir", folder / f"gvm_{seed}", "--seed", seed, *GO_ON],
