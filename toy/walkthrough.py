@@ -41,7 +41,7 @@ def main(args):
     gvm_folder, settings = gvm_inputs(args, sft, tokenizer)
     train, _ = rl_prompts(tokenizer, args, ranks)
     run = Run(args, tokenizer, device, rank, ranks)
-    models = load_models(sft, gvm_folder, settings, config, run)
+    models = load_models(sft, sft, gvm_folder, settings, config, run)
     roll_out = lambda picks, places: rollout(models.policy, [train[i] for i in picks],
                                              [row_seed(args.seed, place) for place in places], run)
     next_beta, B, k = args.kl_coef, args.rollout_batch, settings["k"]
