@@ -446,7 +446,8 @@ def lr(grid, seeds):
     runs = {}
     for rate in (5e-5, 1e-4, 2e-4, 4e-4, 8e-4):
         for name in CHOSEN:
-            more = CHOSEN["DPO"][2:] if name == "DPO" else []
+            # True rewards, which are measured at the end, would take half of the time
+            more = CHOSEN["DPO"][2:] if name == "DPO" else ["--truth_fn", ""]
             runs[f"{name} {rate:g}"] = method(grid, name, f"lr/{name.lower()}_{rate:g}", 11,
                                               ["--lr", rate, *more])
     chosen_on_seed_11(grid, "lr", dict(sorted(runs.items())))
