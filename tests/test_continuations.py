@@ -192,7 +192,7 @@ def rows_and_file(error, n=400, draws=16):
 
 
 def gvm_of(reward=REWARD, gamma=1.0):
-    return SimpleNamespace(settings={"reward": reward, "gamma": gamma}, tokenizer=None)
+    return SimpleNamespace(settings={"reward": reward, "gamma": gamma, "critic": False}, tokenizer=None)
 
 
 @pytest.mark.parametrize("error", [0.0, 0.3])

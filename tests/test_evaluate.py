@@ -1,5 +1,6 @@
 """evaluate.py: statistics by hand-made numbers, values against a loop, every command from its arguments."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,7 +239,8 @@ def test_comparison_with_the_reference(monkeypatch):
                 for row, k in zip(rows, known)], [[]] * len(rows)
 
     monkeypatch.setattr(evaluate, "values_under_own_tau", off_by_half)
-    found = evaluate.compare_with_reference(None, rows, {}, reference.values, evaluate.Args(reference_rows=6))
+    gvm = SimpleNamespace(settings={"critic": False})
+    found = evaluate.compare_with_reference(gvm, rows, {}, reference.values, evaluate.Args(reference_rows=6))
     assert found["rows"] == 6
     assert found["before"]["gvm_exact"] == 0 and np.isclose(found["decided"]["gvm_exact"], 0.5 / np.sqrt(2))
     assert np.isclose(found["before"]["gvm_bayes"], found["before"]["bayes_exact"])

@@ -187,7 +187,8 @@ def test_a_policy_that_is_not_in_training_has_no_mean_of_zero(monkeypatch):
              (row("new", "test", -5.0), row("bad", "test", -9.0))]
     monkeypatch.setattr(evaluate, "under_tau", lambda gvm, pool, policy, rows, rng: ([(), ()], []))
     monkeypatch.setattr(evaluate, "token_values", lambda gvm, jobs: [np.zeros(2) for _ in jobs])
-    found = evaluate.rank_pairs(SimpleNamespace(settings={"k": 0}, tokenizer=None), pairs, pool, seed=0)
+    gvm = SimpleNamespace(settings={"k": 0, "critic": False}, tokenizer=None)
+    found = evaluate.rank_pairs(gvm, pairs, pool, seed=0)
     assert found["baselines"]["policy mean"]["accuracy"] == 1.0
 
 
