@@ -15,7 +15,7 @@ import run
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results/README.md"]
 PAGE = (ROOT / "results/README.md").read_text()
 EXPERIMENTS = {"compare", "lr", "beta", "instruction", "baseline", "advantage", "lam", "conditioning",
-               "normalization", "drift", "frontier", "pipeline"}
+               "normalization", "drift", "frontier", "pipeline", "refresh"}
 
 
 def settings_of(names):
