@@ -11,7 +11,7 @@
 # It starts from runs/<model name>/sft, gvm and dvpo, and writes round_1, round_2 .. beside them; the same
 # command goes on where it was stopped. Flags for a stage: LABEL, GVM and DVPO in the environment.
 set -eu
-[ $# -gt 2 ] && [ "$2" -gt 0 ] || { echo "usage: bash refresh.sh MODEL ROUNDS SCORER.., see its first lines" >&2; exit 1; }
+[ $# -gt 2 ] && [ "$2" -gt 0 ] 2>/dev/null || { echo "usage: bash refresh.sh MODEL ROUNDS SCORER.., see its first lines" >&2; exit 1; }
 model=$1 rounds=$2
 shift 2
 run=runs/$(basename "$model")
