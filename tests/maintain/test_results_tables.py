@@ -15,7 +15,7 @@ import run
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results/README.md"]
 PAGE = (ROOT / "results/README.md").read_text()
 EXPERIMENTS = {"compare", "lr", "beta", "instruction", "baseline", "advantage", "lam", "conditioning",
-               "normalization", "drift", "frontier", "pipeline", "refresh"}
+               "normalization", "drift", "frontier", "pipeline", "refresh", "critic"}
 
 
 def settings_of(names):
