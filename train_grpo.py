@@ -262,7 +262,7 @@ def load_models(sft, reference, rm, config, run):
     args, dtype = run.args, dtype_of(config)
     reward = load_reward(rm, config, run)
     policy = load_policy(sft, run.tokenizer, dtype, "--sft_model")
-    one = args.lora_r > 0 and reference == sft
+    one = args.lora_r > 0 and reference == sft  # copy of the weights for policy and reference
     base = policy if one else load_policy(reference, run.tokenizer, dtype, "--reference_model")
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable({"use_reentrant": False})

@@ -334,7 +334,7 @@ def load_models(sft, reference, rm, critic_folder, config, run):
     score_answers = load_reward(rm, config, run)
     critic = load_critic(critic_folder, dtype)
     policy = load_policy(sft, run.tokenizer, dtype, "--sft_model")
-    one = args.lora_r > 0 and reference == sft
+    one = args.lora_r > 0 and reference == sft  # copy of the weights for policy and reference
     base = policy if one else load_policy(reference, run.tokenizer, dtype, "--reference_model")
     if args.gradient_checkpointing:
         for model in (policy, critic):

@@ -22,6 +22,7 @@ results/ablations/, applied to a copy. Delete --out after a change of the code: 
 """
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -151,6 +152,7 @@ class Grid:
                                  *self.data[0], "--unseen_data", self.toy / "unseen.jsonl",
                                  "--json", folder / "gvm.json"], [gvm])
 
+    @functools.cache
     def patched(self, name):
         """A copy of the scripts with results/ablations/<name>.patch applied."""
         copy = self.out / "patched" / name
