@@ -22,7 +22,6 @@ results/ablations/, applied to a copy. Delete --out after a change of the code: 
 """
 
 import argparse
-import functools
 import io
 import json
 import os
@@ -152,7 +151,6 @@ class Grid:
                                  *self.data[0], "--unseen_data", self.toy / "unseen.jsonl",
                                  "--json", folder / "gvm.json"], [gvm])
 
-    @functools.cache
     def patched(self, name):
         """A copy of the scripts with results/ablations/<name>.patch applied."""
         copy = self.out / "patched" / name
@@ -639,7 +637,7 @@ def refresh(grid, seeds):
     answers labelled. Labels are the world's, or the reward model's, on the scale that it has on the answers
     of the data."""
     arms = {"frozen": None, "world's labels": ["--reward_fn", "toy.exact:score"], "reward model's labels": []}
-    legs, scales = {}, {}
+    legs, scales, drifting = {}, {}, grid.patched("drift")
     for seed in seeds[:3]:
         folder, rm = grid.out / f"refresh/scale_{seed}", grid.rm(base(seed))
         scales[seed] = grid.add(folder, [
@@ -671,7 +669,7 @@ def refresh(grid, seeds):
                 policy = grid.stage(f"refresh/{tag}_{part}/{seed}", "train_dvpo", [
                     "--sft_model", policy.folder, "--reference_model", sft.folder, "--value_model",
                     values.folder, "--seed", seed + 100 * part, "--eval_every", 0, "--max_steps", steps],
-                    [policy, values], grid.patched("drift"))
+                    [policy, values], drifting)
                 legs.setdefault(f"{arm}, {part}", []).append(policy)
     grid.execute()
     tags = {label: re.sub(r"\W+", "_", label) for label in legs}
@@ -694,7 +692,7 @@ def critic(grid, seeds):
     from the exact ones of the policy at that time, on the rollouts of these ten steps; GVMs beside it, whose
     error is that of drift(), on DVPO's policy. A critic learns the reward model's scores less the KL penalty
     that is to come; with the world's reward in their place only the penalty is between it and the truth."""
-    every, ranked, errors = 10, {}, {}
+    every, ranked, errors, drifting = 10, {}, {}, grid.patched("drift_critic")
     for seed in seeds[:3]:
         rm, sft = grid.rm(base(seed)), grid.sft(base(seed))
         for name, reward in (("critic", ["--reward_model", rm.folder]), ("critic of the world's reward", [
@@ -702,7 +700,7 @@ def critic(grid, seeds):
             tag = "critic_world" if "world" in name else "critic"
             ppo = grid.stage(f"{tag}/{seed}", "train_ppo", [
                 "--sft_model", sft.folder, *reward, "--seed", seed, "--eval_every", 0, "--critic_every",
-                every], [sft, rm], grid.patched("drift_critic"))
+                every], [sft, rm], drifting)
             for steps in range(every, 61, every):
                 kept = grid.quality(ppo, ppo.folder / f"critic_{steps}")
                 ranked.setdefault(f"{name}, {steps} steps", []).append(kept)
