@@ -3,14 +3,17 @@
     python smol/run.py answers      what the policies say (smol/labels.jsonl, smol/unseen.jsonl) and what
                                     prefixes of their held-out answers are worth; the repository has the files
     python smol/run.py values       GVMs with K = 0, 2 and 4, against these values
-    python smol/run.py policies     DVPO, PPO and PPO with the true reward at three learning rates, the others
-                                    at one, from the same start
+    python smol/run.py policies     DVPO, PPO and PPO with the true reward at three learning rates, from the
+                                    same start
+    python smol/run.py others       further methods at one rate; --seeds 1
     python smol/run.py along        how wrong the frozen GVM gets while DVPO's policy moves
+    python smol/run.py figure       the README's first picture
 
 On a GPU many of these small processes share it: --jobs 20.
 """
 
 import argparse
+import io
 import itertools
 import json
 import sys
@@ -22,7 +25,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
-from run import Grid, column, of_policies, rows_of, save_table, spread
+from run import Grid, column, rows_of, save_table, spread
 from plumbing.files import write_whole
 from smol.defaults import LABELS, MODEL, UNSEEN, VALUES
 
@@ -102,7 +105,7 @@ def sampled_error(run):
 def values(grid, seeds):
     """RMSE of the GVM to the sampled values by place of the answer, seen and unseen policies; its ranking."""
     needs, found = sampled(grid), {}
-    settings = list(itertools.product((0, 2, 4), (2e-4, 5e-4)))
+    settings = list(itertools.product((4, 0), (5e-4,)))
     quality = {(k, rate): [grid.quality(gvm, f"{gvm.folder.name}_quality", VALUES.values(), UNSEEN, needs)
                            for gvm in (grid.gvm(k, seed, rate) for seed in seeds[:2])]
                for k, rate in settings}
@@ -119,86 +122,124 @@ def values(grid, seeds):
     save_table("smol/values", found, list(numbers))
 
 
-def policies(grid, seeds):
+def policies(grid, seeds, rates):
     """The same prompts, noise, KL target and number of sampled answers for all."""
-    cells = {(name, rate): [grid.policy(name, seed, rate) for seed in seeds]
-             for rate in sorted(RATES, key=lambda rate: rate != RATE) for name in METHODS}
-    gvm, rm = grid.gvm(4, 1), grid.rm()
-    cells.update({
-        ("DVPO, q", RATE): [grid.stage("dvpo_q", "train_dvpo", [
-            "--advantage", "q", "--lr", RATE, "--value_model", gvm.folder], [gvm])],
-        ("GRPO", RATE): [grid.stage("grpo", "train_grpo", ["--lr", RATE, "--reward_model", rm.folder], [rm])],
-        ("ReMax", RATE): [grid.stage("remax", "train_remax", [  # two answers to a prompt
-            "--lr", RATE, "--reward_model", rm.folder, "--max_steps", 20], [rm])],
-        ("DPO", 1e-4): [grid.stage("dpo", "train_dpo", [])]})
-    final = {}  # a process for each method and draw, as one policy is loaded after the other
-    for method in (*METHODS, "others"):
-        runs = {f"{label(*cell)}_{i}": run for cell, found in cells.items() for i, run in enumerate(found, 1)
-                if cell[0] == method or method == "others" and cell[0] not in METHODS}
-        words = [f"start_1={MODEL}", *(f"{name}={run.folder}" for name, run in runs.items())]
-        folders = [grid.out / f"held_out/{label(method)}_{draw}" for draw in range(1, 5)]
-        final[method] = [grid.script(folder, "evaluate.py", [
-            "policy", "--policies", *words, "--seed", draw, "--json", folder / "policy.json",
-            "--out", folder / "answers.jsonl"], runs.values()) for draw, folder in enumerate(folders, 1)]
+    compared(grid, {(name, rate, seed): grid.policy(name, seed, rate)
+                    for rate in rates for seed in seeds for name in METHODS})
+
+
+def others(grid, seeds):
+    """Further methods, at one rate."""
+    gvm, rm, found = grid.gvm(4, 1), grid.rm(), {}
+    for seed in seeds:
+        found.update({
+            ("DVPO, q", RATE, seed): grid.stage(f"dvpo_q_{seed}", "train_dvpo", [
+                "--advantage", "q", "--lr", RATE, "--seed", seed, "--value_model", gvm.folder], [gvm]),
+            ("GRPO", RATE, seed): grid.stage(f"grpo_{seed}", "train_grpo", [
+                "--lr", RATE, "--seed", seed, "--reward_model", rm.folder], [rm]),
+            ("ReMax", RATE, seed): grid.stage(f"remax_{seed}", "train_remax", [  # two answers to a prompt
+                "--lr", RATE, "--seed", seed, "--reward_model", rm.folder, "--max_steps", 15], [rm]),
+            ("DPO", 1e-4, seed): grid.stage(f"dpo_{seed}", "train_dpo", ["--seed", seed])})
+    compared(grid, found)
+
+
+def compared(grid, runs):
+    """Evaluate the runs {(method, rate, seed): run}, four answers to each held-out prompt, beside what their
+    start says; add them to results/smol/runs.json, and write the table of all that are there."""
+    by_seed, final = defaultdict(dict), {}
+    for (name, rate, seed), run in runs.items():
+        by_seed[rate, seed][name] = run
+    for (rate, seed), found in by_seed.items():
+        words = [f"start={MODEL}", *(f"{label(name)}={run.folder}" for name, run in found.items())]
+        folders = [grid.out / f"held_out/{'_'.join(map(label, found))}_{rate:g}_{seed}_{draw}"
+                   for draw in range(1, 5)]
+        final[rate, seed] = [grid.script(folder, "evaluate.py", [
+            "policy", "--policies", *words, "--seed", 10 * seed + draw, "--json", folder / "policy.json",
+            "--out", folder / "answers.jsonl"], found.values()) for draw, folder in enumerate(folders, 1)]
     grid.execute()
-    table = {"start": spread(of_policies(final["DVPO"], "start", 1))}
-    for (name, rate), runs in cells.items():
-        table[f"{name}, {rate:g}"] = spread(of_policies(final.get(name, final["others"]), label(name, rate),
-                                                        len(runs)))
-    save_table("smol/policies", table, ["true reward", "KL", "length", "truncated"])
-    lines = [json.dumps({"run": f"{name}, {rate:g}", "seed": seed, **{key: row.get(key) for key in CURVES}})
-             for (name, rate), runs in cells.items() if name != "DPO"
-             for seed, run in zip(seeds, runs) for row in rows_of(run)]
-    write_whole(ROOT / "results/smol/curves.jsonl", "\n".join(lines) + "\n")
-    best = {name: max(RATES, key=lambda rate: table[f"{name}, {rate:g}"]["true reward"]["mean"])
-            for name in METHODS}
-    print("best rates:", best)
-    gains = {name: gain_by_group(final[name], label(name, rate)) for name, rate in best.items()}
-    for name, gain in gains.items():
-        error = gain.std(1, ddof=1) / gain.shape[1] ** 0.5
-        print(f"{name}: gain of each seed {gain.mean(1).round(3)}, in standard errors "
-              f"{(gain.mean(1) / error).round(1)}")
-    ratio(gains["DVPO"], gains["PPO"])
+    file = ROOT / "results/smol/runs.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    for (name, rate, seed), run in runs.items():
+        rewards = rewards_by_prompt(final[rate, seed])
+        numbers = {key: np.mean([of(e) for e in final[rate, seed]]) for key, of in {
+            "true reward": lambda e: policy_of(e, label(name))["scores"]["truth"]["mean"],
+            "start": lambda e: policy_of(e, "start")["scores"]["truth"]["mean"],
+            "KL": lambda e: policy_of(e, label(name))["kl"]["mean"],
+            "length": lambda e: policy_of(e, label(name))["length"],
+            "truncated": lambda e: policy_of(e, label(name))["truncated"]}.items()}
+        rows = rows_of(run)
+        known[f"{name}, {rate:g}, {seed}"] = {
+            **{key: round(float(x), 4) for key, x in numbers.items()},
+            "seconds": round(column(rows, "timing/step_total").sum(), 1),
+            "peak GB": round(rows[-1]["memory/peak_gb"], 2),
+            "gain": np.round(rewards[label(name)] - rewards["start"], 3).tolist(),
+            "curve": {key: [row.get(key) and round(row[key], 4) for row in rows] for key in CURVES}}
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(found)}" for name, found in known.items())
+    write_whole(file, f"{{\n{lines}\n}}\n")
+    tables(known)
 
 
-CURVES = ("step", "objective/true_reward", "objective/kl", "completions/mean_length", "gvm/drift",
+def tables(known):
+    """Table of all runs, and DVPO's gain beside PPO's where both have these seeds."""
+    cells = defaultdict(list)
+    for name, found in known.items():
+        cells[name.rpartition(", ")[0]].append(found)
+    columns = ["true reward", "KL", "length", "truncated", "seconds", "peak GB"]
+    table = {"start": spread({"true reward": [found["start"] for found in known.values()]})}
+    table.update({cell: spread({key: [run[key] for run in found] for key in columns})
+                  for cell, found in cells.items()})
+    save_table("smol/policies", table, columns)
+    for name, found in known.items():
+        gain = np.array(found["gain"])
+        print(f"{name}: gain {gain.mean():.3f}, {gain.mean() / gain.std(ddof=1) * len(gain) ** 0.5:.1f} "
+              f"standard errors over the prompts")
+    for rate in RATES:
+        ours, theirs, best = (np.array([run["gain"] for run in cells[f"{name}, {rate:g}"]])
+                              for name in METHODS)
+        if len(ours) and len(theirs):
+            ratio(f"DVPO / PPO, {rate:g}", ours, theirs)
+        if len(best) and len(theirs):
+            ratio(f"PPO, true reward / PPO, {rate:g}", best, theirs)
+
+
+CURVES = ("objective/true_reward", "objective/kl", "completions/mean_length", "gvm/drift",
           "eval/true_reward", "eval/kl")
 
 
-def gain_by_group(evaluations, wanted):
-    """True reward of the policies wanted_1, wanted_2 .. above that of the start, [policies, things asked
-    about]."""
-    found = defaultdict(list)
+def policy_of(run, name):
+    return json.loads((run.folder / "policy.json").read_text())["policies"][name]
+
+
+def rewards_by_prompt(evaluations):
+    """{policy: mean true reward on each held-out prompt}, the prompts in one order."""
+    found = defaultdict(lambda: defaultdict(list))
     for run in evaluations:
         for line in (run.folder / "answers.jsonl").read_text().splitlines():
             row = json.loads(line)
-            found[row["policy"], row["group"]].append(row["scores"]["truth"])
-    groups = sorted({group for _, group in found})
-    names = sorted({name for name, _ in found if name.rpartition("_")[0] == wanted})
-    return np.array([[np.mean(found[name, group]) - np.mean(found["start_1", group]) for group in groups]
-                     for name in names])
+            found[row["policy"]][json.dumps(row["prompt"])].append(row["scores"]["truth"])
+    return {name: np.array([np.mean(rewards[prompt]) for prompt in sorted(rewards)])
+            for name, rewards in found.items()}
 
 
-def ratio(ours, theirs, draws=10_000):
-    """Gain / gain with a 95 % interval: bootstrap over seeds and over the things asked about."""
-    rng = np.random.default_rng(0)
-    seeds, groups = ours.shape
-    found = []
+def ratio(name, ours, theirs, draws=10_000):
+    """Gain / gain, [seeds, prompts] each, with a 95 % interval: bootstrap over seeds and over prompts."""
+    rng, found = np.random.default_rng(0), []
+    prompts = ours.shape[1]
     for _ in range(draws):
-        things = rng.integers(groups, size=groups)
-        a, b = (side[rng.integers(seeds, size=seeds)][:, things].mean() for side in (ours, theirs))
+        picked = rng.integers(prompts, size=prompts)
+        a, b = (side[rng.integers(len(side), size=len(side))][:, picked].mean() for side in (ours, theirs))
         found.append(a / b)
     low, high = np.percentile(found, [2.5, 97.5])
-    print(f"gain of DVPO / of PPO: {ours.mean() / theirs.mean():.2f} ({low:.2f} to {high:.2f})")
+    print(f"gain of {name}: {ours.mean() / theirs.mean():.2f} ({low:.2f} to {high:.2f})")
 
 
 def along(grid, seeds):
-    """The GVM's error on the policy after 10, 20 and 40 steps, whose own answers are tau, beside the KL and
+    """The GVM's error on the policy after 10, 20 and 30 steps, whose own answers are tau, beside the KL and
     gvm/drift of the last five steps."""
     gvm, runs = grid.gvm(4, 1), []
     for seed in seeds:
         found = {steps: grid.policy("DVPO", seed, RATE, steps) for steps in (10, 20)}
-        found[40] = grid.policy("DVPO", seed, RATE)
+        found[30] = grid.policy("DVPO", seed, RATE)
         folder = grid.out / f"along_{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "policies.json"
@@ -209,7 +250,7 @@ def along(grid, seeds):
         runs.append((found, grid.quality(gvm, f"along_{seed}_quality", [sampled], labels, [done])))
     grid.execute()
     table = {}
-    for (found, quality), steps in itertools.product(runs, (10, 20, 40)):
+    for (found, quality), steps in itertools.product(runs, (10, 20, 30)):
         places = sampled_error(quality)["unseen"][f"{steps} steps"]
         last = rows_of(found[steps])[-5:]
         numbers = {"KL": column(last, "objective/kl").mean(), "gvm/drift": column(last, "gvm/drift").mean(),
@@ -221,12 +262,58 @@ def along(grid, seeds):
     save_table("smol/along", {label: spread(numbers) for label, numbers in table.items()}, list(numbers))
 
 
+def figure(grid, seeds):
+    """The README's first picture: curves of results/smol/runs.json, and what the GVM says after each token of
+    two answers to a held-out question."""
+    from matplotlib.figure import Figure
+    gvm = grid.gvm(4, 1)
+    shown = grid.script("shown", "evaluate.py", ["values", "--value_model", gvm.folder, *ASKED,
+                                                 "--json", grid.out / "shown/values.json"], [gvm])
+    grid.execute()
+    known = json.loads((ROOT / "results/smol/runs.json").read_text())
+    picture = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = picture.subfigures(1, 2, width_ratios=(1, 1.3))
+    panels = {"objective/true_reward": "true reward: sentiment of the answers",
+              "objective/kl": "KL to the start [nats]"}
+    for axis, (key, title) in zip(left.subplots(2, sharex=True), panels.items()):
+        for name in METHODS:
+            curves = np.array([run["curve"][key] for cell, run in known.items()
+                               if cell.startswith(f"{name}, {RATE:g}, ")])
+            if not len(curves):
+                continue
+            smooth = np.array([curves[:, max(0, i - 4):i + 1].mean(1) for i in range(curves.shape[1])])
+            line, = axis.plot(smooth.mean(1), label=name)
+            axis.fill_between(range(len(smooth)), smooth.min(1), smooth.max(1), alpha=0.2, linewidth=0,
+                              color=line.get_color())
+        axis.set_title(title, fontsize=9)
+    axis.set_xlabel("step (mean of the last five; band: all seeds)")
+    axis.legend(fontsize=8)
+    found, axis = json.loads((shown.folder / "values.json").read_text()), right.subplots()
+    axis.set_title(f"{found['question']}  (tau: {found['k']} answers of {found['tau_policy']})", fontsize=9)
+    for answer, colour, side in zip(found["responses"], ("tab:green", "tab:red"), (1, -1)):
+        axis.plot(answer["values"], marker="o", markersize=3, color=colour)
+        for i, (token, value) in enumerate(zip(["(prompt)", *answer["tokens"]], answer["values"])):
+            axis.annotate(token.strip(), (i, value), (0, 6 * side), textcoords="offset points", rotation=60,
+                          fontsize=8, color=colour, ha="center", va="bottom" if side > 0 else "top")
+    axis.set(xlabel="token", ylabel="value after the token", ylim=(-1.2, 1.2))
+    picture.savefig(drawn := io.BytesIO(), dpi=100, format="png")
+    write_whole(ROOT / "results/smol/first.png", drawn.getvalue())
+
+
+# Two answers of smol/labels.jsonl to a held-out question
+ASKED = ("--question", "Give me your opinion of rain in one sentence.", "--tau_policy", "plain",
+         "--responses", "The rain is a simple yet beautiful scene in the serene setting of a window.",
+         "The rain is so bad that it makes me feel sad and disappointed.")
+
+
 if __name__ == "__main__":
-    experiments = {f.__name__: f for f in (answers, values, policies, along)}
+    experiments = {f.__name__: f for f in (answers, values, policies, others, along, figure)}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("experiment", choices=experiments)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, each on one core")
     parser.add_argument("--out", type=Path, default=Path("runs/smol"), help="folder of the runs")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates of `policies`")
     args = parser.parse_args()
-    experiments[args.experiment](World(args.out, args.jobs), args.seeds)
+    more = [args.rates] if args.experiment == "policies" else []
+    experiments[args.experiment](World(args.out, args.jobs), args.seeds, *more)
