@@ -331,7 +331,8 @@ def can_share_prefix(model, length, device, shared=behind_cache):
     try:
         whole = [read_behind(model, None, collate([prefix + rest], [[]], ids[0], device))[0, len(prefix):]
                  for rest in rests]
-        limit = whole[0].float().std() * (1e-3 if next(plain.parameters()).dtype == torch.float32 else 0.1)
+        # The families that cannot are apart by 0.45 of the spread and more; bfloat16 alone, by up to 0.14
+        limit = whole[0].float().std() * (1e-3 if next(plain.parameters()).dtype == torch.float32 else 0.3)
         can = all((row.float() - wanted.float()).square().mean().sqrt() <= limit
                   for row, wanted in zip(shared(model, prefix, rests, device), whole))
     except Exception as e:  # whatever a model does that was not made for it

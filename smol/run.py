@@ -70,7 +70,7 @@ class World(Grid):
         """evaluate.py gvm against values of continuations.py."""
         return self.script(name, "evaluate.py", [
             "gvm", "--value_model", gvm.folder, "--continuations", *values, "--unseen_data", unseen,
-            "--json", self.out / name / "gvm.json"], [gvm, *needs])
+            "--pairs", 20, "--json", self.out / name / "gvm.json"], [gvm, *needs])
 
     def answers(self, name, policies, file, values, shares, needs=()):
         """label.py, then continuations.py."""
@@ -105,15 +105,14 @@ def sampled_error(run):
 def values(grid, seeds):
     """RMSE of the GVM to the sampled values by place of the answer, seen and unseen policies; its ranking."""
     needs, found = sampled(grid), {}
-    settings = list(itertools.product((4, 0), (5e-4,)))
+    settings = list(itertools.product((0, 4), (5e-4,)))
     quality = {(k, rate): [grid.quality(gvm, f"{gvm.folder.name}_quality", VALUES.values(), UNSEEN, needs)
                            for gvm in (grid.gvm(k, seed, rate) for seed in seeds[:2])]
                for k, rate in settings}
     grid.execute()
     for (k, rate), runs in quality.items():
-        ranking = [json.loads((run.folder / "gvm.json").read_text())["ranking"] for run in runs]
         errors = list(map(sampled_error, runs))
-        numbers = {"pairs ranked right": [r["shared_tau"]["mean"]["accuracy"] for r in ranking]}
+        numbers = {"pairs ranked right": [rows_of(run.needs[0])[-1]["eval/accuracy"] for run in runs]}
         for who in ("seen", "unseen"):
             numbers[who] = [np.mean([place["rmse"] for place in e[who]["all"]]) for e in errors]
             for i, name in itertools.product(range(4), ("rmse", "constant")):
@@ -185,7 +184,7 @@ def tables(known):
     for name, found in known.items():
         cells[name.rpartition(", ")[0]].append(found)
     columns = ["true reward", "KL", "length", "truncated", "seconds", "peak GB"]
-    table = {"start": spread({"true reward": [found["start"] for found in known.values()]})}
+    table = {"start": spread({"true reward": sorted({found["start"] for found in known.values()})})}
     table.update({cell: spread({key: [run[key] for run in found] for key in columns})
                   for cell, found in cells.items()})
     save_table("smol/policies", table, columns)
@@ -267,8 +266,9 @@ def figure(grid, seeds):
     two answers to a held-out question."""
     from matplotlib.figure import Figure
     gvm = grid.gvm(4, 1)
-    shown = grid.script("shown", "evaluate.py", ["values", "--value_model", gvm.folder, *ASKED,
-                                                 "--json", grid.out / "shown/values.json"], [gvm])
+    shown = {tau: grid.script(f"shown_{tau}", "evaluate.py", [
+        "values", "--value_model", gvm.folder, "--tau_policy", tau, *ASKED,
+        "--json", grid.out / f"shown_{tau}/values.json"], [gvm]) for tau in ("plain", "gloomy")}
     grid.execute()
     known = json.loads((ROOT / "results/smol/runs.json").read_text())
     picture = Figure(figsize=(12, 4.5), layout="constrained")
@@ -288,21 +288,26 @@ def figure(grid, seeds):
         axis.set_title(title, fontsize=9)
     axis.set_xlabel("step (mean of the last five; band: all seeds)")
     axis.legend(fontsize=8)
-    found, axis = json.loads((shown.folder / "values.json").read_text()), right.subplots()
-    axis.set_title(f"{found['question']}  (tau: {found['k']} answers of {found['tau_policy']})", fontsize=9)
-    for answer, colour, side in zip(found["responses"], ("tab:green", "tab:red"), (1, -1)):
-        axis.plot(answer["values"], marker="o", markersize=3, color=colour)
-        for i, (token, value) in enumerate(zip(["(prompt)", *answer["tokens"]], answer["values"])):
-            axis.annotate(token.strip(), (i, value), (0, 6 * side), textcoords="offset points", rotation=60,
-                          fontsize=8, color=colour, ha="center", va="bottom" if side > 0 else "top")
-    axis.set(xlabel="token", ylabel="value after the token", ylim=(-1.2, 1.2))
+    axis = right.subplots()
+    for run, style in zip(shown.values(), ("-", ":")):
+        found = json.loads((run.folder / "values.json").read_text())
+        for answer, colour, side in zip(found["responses"], ("tab:green", "tab:red"), (1, -1)):
+            axis.plot(answer["values"], style, marker="o", markersize=3, color=colour)
+            for i, (token, value) in enumerate(zip(["(prompt)", *answer["tokens"]], answer["values"])):
+                if style == "-":
+                    axis.annotate(token.strip(), (i, value), (0, 6 * side), textcoords="offset points",
+                                  rotation=60, fontsize=8, color=colour, ha="center",
+                                  va="bottom" if side > 0 else "top")
+    axis.set_title(f"{found['question']}\ntau: {found['k']} answers of {' (line), of '.join(shown)} (dots)",
+                   fontsize=9)
+    axis.set(xlabel="token", ylabel="value after the token", ylim=(-1, 1))
     picture.savefig(drawn := io.BytesIO(), dpi=100, format="png")
     write_whole(ROOT / "results/smol/first.png", drawn.getvalue())
 
 
 # Two answers of smol/labels.jsonl to a held-out question
-ASKED = ("--question", "Give me your opinion of rain in one sentence.", "--tau_policy", "plain",
-         "--responses", "The rain is a simple yet beautiful scene in the serene setting of a window.",
+ASKED = ("--question", "Give me your opinion of rain in one sentence.", "--responses",
+         "The rain is a simple yet beautiful scene in the serene setting of a window.",
          "The rain is so bad that it makes me feel sad and disappointed.")
 
 
