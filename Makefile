@@ -57,7 +57,7 @@ smol-quick: smol-install
 	$(LAUNCH) train_gvm.py --model smol --max_steps 60 $(FLOAT)
 	$(LAUNCH) train_dvpo.py --model smol --max_steps 20 $(FLOAT)
 	$(PYTHON) evaluate.py policy --model smol --policies start=smol/build/model dvpo=runs/smol/dvpo --json runs/smol/policy.json --out runs/smol/answers.jsonl
-	$(PYTHON) evaluate.py values --model smol --json runs/smol/values.json
+	$(PYTHON) evaluate.py values --model smol --tau_policy plain --question "Give me your opinion of rain in one sentence." --responses "The rain is a simple yet beautiful scene in the serene setting of a window." "The rain is so bad that it makes me feel sad and disappointed." --json runs/smol/values.json
 	$(PYTHON) report.py --model smol --runs dvpo=runs/smol/dvpo --tables runs/smol/policy.json --values runs/smol/values.json --answers runs/smol/answers.jsonl --out runs/smol/report.html
 	@echo "curves, answers before and after, token values: runs/smol/report.html"
 

@@ -103,22 +103,32 @@ def sampled_error(run):
 
 
 def values(grid, seeds):
-    """RMSE of the GVM to the sampled values by place of the answer, seen and unseen policies; its ranking."""
-    needs, found = sampled(grid), {}
-    settings = list(itertools.product((0, 4), (5e-4,)))
-    quality = {(k, rate): [grid.quality(gvm, f"{gvm.folder.name}_quality", VALUES.values(), UNSEEN, needs)
-                           for gvm in (grid.gvm(k, seed, rate) for seed in seeds[:2])]
-               for k, rate in settings}
+    """RMSE of the GVM to the sampled values by place of the answer, seen and unseen policies; what it expects
+    of each before a word is said; its ranking."""
+    needs, table = sampled(grid), {}
+    gvms = {k: [grid.gvm(k, seed) for seed in seeds] for k in (0, 4)}
+    quality = {k: [grid.quality(gvm, f"{gvm.folder.name}_quality", VALUES.values(), UNSEEN, needs)
+                   for gvm in found] for k, found in gvms.items()}
     grid.execute()
-    for (k, rate), runs in quality.items():
+    rmse, first = {}, defaultdict(dict)
+    for k, runs in quality.items():
         errors = list(map(sampled_error, runs))
-        numbers = {"pairs ranked right": [rows_of(run.needs[0])[-1]["eval/accuracy"] for run in runs]}
+        table[f"K = {k}"] = spread({"held-out pairs ranked right": [
+            rows_of(gvm)[-1]["eval/accuracy"] for gvm in gvms[k]]})
         for who in ("seen", "unseen"):
-            numbers[who] = [np.mean([place["rmse"] for place in e[who]["all"]]) for e in errors]
-            for i, name in itertools.product(range(4), ("rmse", "constant")):
-                numbers[f"{who}, place {i}, {name}"] = [e[who]["all"][i][name] for e in errors]
-        found[f"K = {k}, {rate:g}"] = {**spread(numbers), "evaluations": errors}
-    save_table("smol/values", found, list(numbers))
+            places = {key: {f"{place['place']:g} read": [e[who]["all"][i][key] for e in errors]
+                            for i, place in enumerate(errors[0][who]["all"])} for key in ("rmse", "constant")}
+            rmse[f"{who}, K = {k}"], rmse[f"{who}, constant"] = map(spread, places.values())
+            for policy in errors[0][who].keys() - {"all"}:
+                start = [e[who][policy][0] for e in errors]
+                first[f"{policy}, {who}"].update(spread({
+                    "sampled": [x["sampled"] for x in start], f"K = {k}": [x["value"] for x in start],
+                    f"RMSE, K = {k}": [x["rmse"] for x in start]}))
+    save_table("smol/ranking", table, ["held-out pairs ranked right"])
+    save_table("smol/values", dict(sorted(rmse.items())), [*places["rmse"]])
+    save_table("smol/before", dict(sorted(first.items())), [*next(iter(first.values()))])
+    write_whole(ROOT / "results/smol/evaluations.json", json.dumps(
+        {f"K = {k}": list(map(sampled_error, runs)) for k, runs in quality.items()}) + "\n")
 
 
 def policies(grid, seeds, rates):

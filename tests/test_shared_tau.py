@@ -103,8 +103,8 @@ def test_a_model_that_cannot_read_rows_in_one_sequence_is_found(models_folder):
 
 
 def test_what_bfloat16_rounds_is_not_taken_for_another_layout(models_folder):
-    """The values of a real model (135 million parameters) were apart by 0.14 of their spread, and tau was read
-    anew for each row; of the families that cannot share, none was apart by less than 0.45."""
+    """The values of a real model (135 million parameters) were apart by 0.14 of their spread, and tau was
+    read anew for each row; of the families that cannot share, none was apart by less than 0.45."""
     model = load_value_base(str(models_folder / "llama"), torch.bfloat16).eval()
     for apart, can in ((0.2, True), (0.4, False)):
         def other(*given, apart=apart):

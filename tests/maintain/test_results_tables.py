@@ -71,6 +71,24 @@ def test_the_tables_of_an_experiment_are_of_its_files():
     assert checked > 50
 
 
+def test_the_tables_of_the_real_model_are_those_of_their_files():
+    """Above each stands the file that it is printed from."""
+    checked, settings = 0, {}
+    for line in (ROOT / "results/smol/README.md").read_text().splitlines():
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if line.startswith("| smol/"):
+            columns, settings = cells, json.loads((ROOT / f"results/{name}.json").read_text())
+        elif line.startswith("| "):
+            for column, cell in zip(columns, cells, strict=True):
+                mean, _, std = cell.partition(" ± ")
+                found = settings[name].get(column)
+                assert cell == "-" if found is None else (
+                    mean == written(found["mean"], mean)
+                    and (std == written(found["std"], std) if std else found["std"] is None)), (line, column)
+                checked += 1
+    assert checked > 20
+
+
 def test_the_single_runs_are_those_of_their_files():
     """true reward (KL) of one run each, the learning rates and DPO's betas."""
     said = re.findall(r"(?<!\d)(-?\d\.\d{3}) \((\d+\.\d\d)\)", PAGE)
