@@ -50,14 +50,15 @@ smol-install: install
 # bfloat16 halves the time, where the processor has it
 ifeq ($(shell grep -om1 -e avx512_bf16 -e amx_bf16 /proc/cpuinfo 2>/dev/null)$(shell command -v nvidia-smi),)
 smol-quick: FLOAT = --ds_config ds_configs/fp32.json
+smol-quick: DTYPE = --dtype float32
 endif
 # One core would do for the toy; this model takes both
 smol-quick: export OMP_NUM_THREADS = 2
 smol-quick: smol-install
 	$(LAUNCH) train_gvm.py --model smol --max_steps 60 $(FLOAT)
 	$(LAUNCH) train_dvpo.py --model smol --max_steps 20 $(FLOAT)
-	$(PYTHON) evaluate.py policy --model smol --policies start=smol/build/model dvpo=runs/smol/dvpo --json runs/smol/policy.json --out runs/smol/answers.jsonl
-	$(PYTHON) evaluate.py values --model smol --tau_policy plain --question "Give me your opinion of rain in one sentence." --responses "The rain is a simple yet beautiful scene in the serene setting of a window." "The rain is so bad that it makes me feel sad and disappointed." --json runs/smol/values.json
+	$(PYTHON) evaluate.py policy --model smol --policies start=smol/build/model dvpo=runs/smol/dvpo --json runs/smol/policy.json --out runs/smol/answers.jsonl $(DTYPE)
+	$(PYTHON) evaluate.py values --model smol --json runs/smol/values.json
 	$(PYTHON) report.py --model smol --runs dvpo=runs/smol/dvpo --tables runs/smol/policy.json --values runs/smol/values.json --answers runs/smol/answers.jsonl --out runs/smol/report.html
 	@echo "curves, answers before and after, token values: runs/smol/report.html"
 

@@ -33,5 +33,9 @@ DEFAULTS = {
     "train_ppo": {**RL, "ppo_epochs": 1, "critic_lr": 5e-4},
     "evaluate": {"split_seed": SPLIT_SEED, "data": LABELS, "dtype": "bfloat16", "temperature": 0.7,
                  "micro_batch": 64, "pairs": 300, "truth_fn": "smol.sentiment:compound",
-                 "max_prompt_length": 48, "response_length": 32},
+                 "max_prompt_length": 48, "response_length": 32,
+                 # `values` shows two answers of LABELS to a held-out question
+                 "tau_policy": "plain", "question": "Give me your opinion of rain in one sentence.",
+                 "responses": ["The rain is a simple yet beautiful scene in the serene setting of a window.",
+                               "The rain is so bad that it makes me feel sad and disappointed."]},
 }

@@ -2,10 +2,11 @@
 
     python smol/run.py answers      what the policies say (smol/labels.jsonl, smol/unseen.jsonl) and what
                                     prefixes of their held-out answers are worth; the repository has the files
-    python smol/run.py values       GVMs with K = 0, 2 and 4, against these values
+    python smol/run.py values       GVMs with K = 0 and 4, against these values
     python smol/run.py policies     DVPO, PPO and PPO with the true reward at three learning rates, from the
                                     same start
     python smol/run.py others       further methods at one rate; --seeds 1
+    python smol/run.py critic       PPO's critic as a value model, beside the GVMs
     python smol/run.py along        how wrong the frozen GVM gets while DVPO's policy moves
     python smol/run.py figure       the README's first picture
 
@@ -25,7 +26,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
-from run import Grid, column, rows_of, save_table, spread
+from run import Grid, column, of_policies, rows_of, save_table, spread
 from plumbing.files import write_whole
 from smol.defaults import LABELS, MODEL, UNSEEN, VALUES
 
@@ -56,7 +57,7 @@ class World(Grid):
             flags, needs = ["--value_model", gvm.folder], [gvm]
         elif name == "PPO":
             rm = self.rm()
-            flags, needs = ["--reward_model", rm.folder], [rm]
+            flags, needs = ["--reward_model", rm.folder, "--critic_every", 15], [rm]
         else:
             flags, needs = TRUE_REWARD, []
         folder = f"{label(name, rate)}_{seed}" + f"_{steps}_steps" * bool(steps)
@@ -159,7 +160,7 @@ def compared(grid, runs):
     for (name, rate, seed), run in runs.items():
         by_seed[rate, seed][name] = run
     for (rate, seed), found in by_seed.items():
-        words = [f"start={MODEL}", *(f"{label(name)}={run.folder}" for name, run in found.items())]
+        words = [f"start_1={MODEL}", *(f"{label(name)}_1={run.folder}" for name, run in found.items())]
         folders = [grid.out / f"held_out/{'_'.join(map(label, found))}_{rate:g}_{seed}_{draw}"
                    for draw in range(1, 5)]
         final[rate, seed] = [grid.script(folder, "evaluate.py", [
@@ -169,19 +170,14 @@ def compared(grid, runs):
     file = ROOT / "results/smol/runs.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     for (name, rate, seed), run in runs.items():
-        rewards = rewards_by_prompt(final[rate, seed])
-        numbers = {key: np.mean([of(e) for e in final[rate, seed]]) for key, of in {
-            "true reward": lambda e: policy_of(e, label(name))["scores"]["truth"]["mean"],
-            "start": lambda e: policy_of(e, "start")["scores"]["truth"]["mean"],
-            "KL": lambda e: policy_of(e, label(name))["kl"]["mean"],
-            "length": lambda e: policy_of(e, label(name))["length"],
-            "truncated": lambda e: policy_of(e, label(name))["truncated"]}.items()}
+        rewards, start = rewards_by_group(final[rate, seed]), of_policies(final[rate, seed], "start", 1)
+        numbers = {**of_policies(final[rate, seed], label(name), 1), "start": start["true reward"]}
         rows = rows_of(run)
         known[f"{name}, {rate:g}, {seed}"] = {
-            **{key: round(float(x), 4) for key, x in numbers.items()},
+            **{key: round(float(x), 4) for key, (x,) in numbers.items()},
             "seconds": round(column(rows, "timing/step_total").sum(), 1),
             "peak GB": round(rows[-1]["memory/peak_gb"], 2),
-            "gain": np.round(rewards[label(name)] - rewards["start"], 3).tolist(),
+            "gain": np.round(rewards[f"{label(name)}_1"] - rewards["start_1"], 3).tolist(),
             "curve": {key: [row.get(key) and round(row[key], 4) for row in rows] for key in CURVES}}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(found)}" for name, found in known.items())
     write_whole(file, f"{{\n{lines}\n}}\n")
@@ -189,7 +185,8 @@ def compared(grid, runs):
 
 
 def tables(known):
-    """Table of all runs, and DVPO's gain beside PPO's where both have these seeds."""
+    """Table of all runs, the gain of each over its start, things asked about of one weight, and where there
+    is PPO at a rate, the others' gain beside it."""
     cells = defaultdict(list)
     for name, found in known.items():
         cells[name.rpartition(", ")[0]].append(found)
@@ -201,7 +198,7 @@ def tables(known):
     for name, found in known.items():
         gain = np.array(found["gain"])
         print(f"{name}: gain {gain.mean():.3f}, {gain.mean() / gain.std(ddof=1) * len(gain) ** 0.5:.1f} "
-              f"standard errors over the prompts")
+              f"standard errors over the things asked about")
     for rate in RATES:
         ours, theirs, best = (np.array([run["gain"] for run in cells[f"{name}, {rate:g}"]])
                               for name in METHODS)
@@ -215,31 +212,49 @@ CURVES = ("objective/true_reward", "objective/kl", "completions/mean_length", "g
           "eval/true_reward", "eval/kl")
 
 
-def policy_of(run, name):
-    return json.loads((run.folder / "policy.json").read_text())["policies"][name]
-
-
-def rewards_by_prompt(evaluations):
-    """{policy: mean true reward on each held-out prompt}, the prompts in one order."""
+def rewards_by_group(evaluations):
+    """{policy: mean true reward on the held-out prompts about each thing}, the things in one order."""
     found = defaultdict(lambda: defaultdict(list))
     for run in evaluations:
         for line in (run.folder / "answers.jsonl").read_text().splitlines():
             row = json.loads(line)
-            found[row["policy"]][json.dumps(row["prompt"])].append(row["scores"]["truth"])
-    return {name: np.array([np.mean(rewards[prompt]) for prompt in sorted(rewards)])
+            found[row["policy"]][row["group"]].append(row["scores"]["truth"])
+    return {name: np.array([np.mean(rewards[group]) for group in sorted(rewards)])
             for name, rewards in found.items()}
 
 
 def ratio(name, ours, theirs, draws=10_000):
-    """Gain / gain, [seeds, prompts] each, with a 95 % interval: bootstrap over seeds and over prompts."""
+    """Gain / gain, [seeds, things asked about] each, with a 95 % interval: bootstrap over both."""
     rng, found = np.random.default_rng(0), []
-    prompts = ours.shape[1]
+    things = ours.shape[1]
     for _ in range(draws):
-        picked = rng.integers(prompts, size=prompts)
+        picked = rng.integers(things, size=things)
         a, b = (side[rng.integers(len(side), size=len(side))][:, picked].mean() for side in (ours, theirs))
         found.append(a / b)
     low, high = np.percentile(found, [2.5, 97.5])
     print(f"gain of {name}: {ours.mean() / theirs.mean():.2f} ({low:.2f} to {high:.2f})")
+
+
+def critic(grid, seeds):
+    """How well PPO's critic ranks the held-out pairs in the middle and at the end of its run, GVMs beside
+    it."""
+    models = defaultdict(list)
+    for seed in seeds:
+        ppo = grid.policy("PPO", seed, RATE)
+        for steps in (15, 30):
+            models[f"critic, {steps} steps"].append((f"{ppo.folder.name}_{steps}", ppo,
+                                                     ppo.folder / f"critic_{steps}"))
+        for k in (0, 4):
+            gvm = grid.gvm(k, seed)
+            models[f"GVM, K = {k}"].append((gvm.folder.name, gvm, gvm.folder))
+    ranked = {label: [grid.script(f"ranked_{name}", "evaluate.py", [
+        "gvm", "--value_model", folder, "--json", grid.out / f"ranked_{name}/gvm.json"], [run])
+        for name, run, folder in found] for label, found in models.items()}
+    grid.execute()
+    table = {label: spread({"held-out pairs ranked right": [
+        json.loads((run.folder / "gvm.json").read_text())["ranking"]["shared_tau"]["mean"]["accuracy"]
+        for run in runs]}) for label, runs in ranked.items()}
+    save_table("smol/critic", table, ["held-out pairs ranked right"])
 
 
 def along(grid, seeds):
@@ -277,8 +292,8 @@ def figure(grid, seeds):
     from matplotlib.figure import Figure
     gvm = grid.gvm(4, 1)
     shown = {tau: grid.script(f"shown_{tau}", "evaluate.py", [
-        "values", "--value_model", gvm.folder, "--tau_policy", tau, *ASKED,
-        "--json", grid.out / f"shown_{tau}/values.json"], [gvm]) for tau in ("plain", "gloomy")}
+        "values", "--value_model", gvm.folder, "--tau_policy", tau, "--json",
+        grid.out / f"shown_{tau}/values.json"], [gvm]) for tau in ("plain", "gloomy")}
     grid.execute()
     known = json.loads((ROOT / "results/smol/runs.json").read_text())
     picture = Figure(figsize=(12, 4.5), layout="constrained")
@@ -315,14 +330,8 @@ def figure(grid, seeds):
     write_whole(ROOT / "results/smol/first.png", drawn.getvalue())
 
 
-# Two answers of smol/labels.jsonl to a held-out question
-ASKED = ("--question", "Give me your opinion of rain in one sentence.", "--responses",
-         "The rain is a simple yet beautiful scene in the serene setting of a window.",
-         "The rain is so bad that it makes me feel sad and disappointed.")
-
-
 if __name__ == "__main__":
-    experiments = {f.__name__: f for f in (answers, values, policies, others, along, figure)}
+    experiments = {f.__name__: f for f in (answers, values, policies, others, critic, along, figure)}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("experiment", choices=experiments)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])

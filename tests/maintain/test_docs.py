@@ -23,8 +23,7 @@ from conftest import ROOT, run_stage
 from plumbing.args import RunArgs, command_args, parse_args
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results/README.md",
-         ROOT / "results/smol/README.md",
-         *ROOT.glob("CONTRIBUTING.md")]
+         ROOT / "results/smol/README.md", *ROOT.glob("CONTRIBUTING.md")]
 TEXTS = {path: path.read_text() for path in PAGES}
 ALL = "\n".join(TEXTS.values())
 SOURCES = {path: path.read_text() for path in ROOT.rglob("*.py")
