@@ -1,4 +1,4 @@
-"""Seconds of a PPO step: train_ppo.py beside TRL's PPOTrainer, on the same random-weight models.
+"""Seconds and memory of a step of train_dvpo.py and train_ppo.py beside TRL's PPOTrainer, random weights.
 
     pip install --target /tmp/trl --no-deps trl==1.10.0
     OMP_NUM_THREADS=1 PYTHONPATH=/tmp/trl python benchmarks/against_trl.py
@@ -8,7 +8,8 @@ model, a reward model and a critic of the same shape, prompts of the same length
 steps: of TRL's, per_device_train_batch_size is the rollout batch, gradient_accumulation_steps 1 and
 num_mini_batches rollout batch / micro batch (with accumulation above 1 it would step once an epoch, whatever
 num_mini_batches says). TRL's answers all have full length; ours end at a sampled EOS, so that seconds a
-sampled token are printed, too. The flags are those of bench.py; the first two steps are not counted.
+sampled token are printed, too. Peaks are of whole processes. The flags are those of bench.py; the first two
+steps are not counted.
 """
 
 import json
@@ -24,19 +25,20 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from bench import make_models, measure, parse_args
+from bench import make_models, measured, parse_args, start, take_turns
 from plan import read_config
+from plumbing.ranks import peak_memory_gb
 
 
 def trl_steps(folder, args):
-    """Seconds of each of TRL's steps; run in a process of its own."""
+    """Seconds of each of TRL's steps, and the peak of memory [GB]; run in a process of its own."""
     from datasets import Dataset
     from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                               TrainerCallback)
     from trl.experimental.ppo import PPOConfig, PPOTrainer
     folder = Path(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "sft", padding_side="left")
-    texts = [json.loads(line)["prompt"] for line in (folder / "data.jsonl").open()]
+    texts = [json.loads(line)["instruction"] for line in (folder / "data.jsonl").open()]
     data = Dataset.from_list([{"input_ids": tokenizer(text).input_ids} for text in texts])
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "sft", dtype=torch.float32)
                          for _ in range(2))
@@ -64,7 +66,7 @@ def trl_steps(folder, args):
                          eval_dataset=data.select(range(config.per_device_eval_batch_size)),
                          callbacks=[Clock()])
     trainer.train()
-    return np.diff(times).tolist()
+    return np.diff(times).tolist(), peak_memory_gb(torch.device("cpu"))
 
 
 def main(argv=None):
@@ -73,22 +75,25 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_models(folder, config, torch.float32, args)
-        ours = measure("ppo", folder, args)
+        ours = []
+        for method in args.methods:
+            take_turns([worker := start(method, folder, args)])
+            ours.append(measured(worker, args))
         code = (f"import json, sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
                 f"from against_trl import trl_steps\n"
                 f"print('SECONDS', json.dumps(trl_steps({str(folder)!r}, {vars(args)!r})))")
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"error: TRL failed:\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
-    seconds = json.loads(done.stdout.rpartition("SECONDS ")[2])
-    theirs = float(np.median(seconds[2:]))
-    tokens = args.rollout_batch * ours["length"], args.rollout_batch * args.response
-    updates = args.ppo_epochs * args.rollout_batch // (args.micro_batch * args.accum_steps)
-    print(f"train_ppo.py  {ours['step_s']:.3f} s a step, {tokens[0]:.0f} tokens, {updates} optimizer steps\n"
-          f"TRL           {theirs:.3f} s a step, {tokens[1]:.0f} tokens, "
-          f"{args.ppo_epochs * args.rollout_batch // args.micro_batch} optimizer steps\n"
-          f"ours / TRL    {ours['step_s'] / theirs:.2f} a step, "
-          f"{ours['step_s'] / tokens[0] / (theirs / tokens[1]):.2f} a token")
+    seconds, their_gb = json.loads(done.stdout.rpartition("SECONDS ")[2])
+    theirs, their_tokens = float(np.median(seconds[2:])), args.rollout_batch * args.response
+    updates = args.ppo_epochs * args.rollout_batch // args.micro_batch
+    print(f"TRL   {theirs:.3f} s a step, {their_tokens} tokens, {updates} optimizer steps, {their_gb:.2f} GB")
+    for row in ours:
+        seconds, tokens = row["step_s"], args.rollout_batch * row["length"]
+        print(f"{row['method']:5} {seconds:.3f} s a step, {tokens:.0f} tokens, {updates // args.accum_steps} "
+              f"optimizer steps, {row['peak_gb']:.2f} GB; of TRL's {seconds / theirs:.2f} a step, "
+              f"{seconds / tokens / (theirs / their_tokens):.2f} a token, {row['peak_gb'] / their_gb:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,19 @@ def test_nothing_depends_on_the_toy():
     assert not found
 
 
+def test_what_is_imported_from_a_file_of_ours_is_there():
+    """Also in the scripts that no test runs, as those which need TRL."""
+    trees = [(path, ast.parse(path.read_text())) for path in FILES]
+    ours = {path.stem for path in FILES} | {name_of(path).split("/")[0] for path in FILES}
+    there = {(path.stem, getattr(node, "name", getattr(node, "id", None)))
+             for path, tree in trees for node in ast.walk(tree)}
+    wrong = [f"{name_of(path)}:{node.lineno}: {alias.name}" for path, tree in trees for node in ast.walk(tree)
+             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ours
+             for alias in node.names
+             if alias.name not in ours and (node.module.split(".")[-1], alias.name) not in there]
+    assert not wrong
+
+
 # ---- what siblings share ----
 
 @pytest.mark.parametrize("one, other, names", [
