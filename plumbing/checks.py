@@ -112,9 +112,9 @@ def check_reading(model, path, flag):
     if (whole - changed)[:-1].abs().max() > limit:
         raise BadInput(f"{flag} {path}: not a causal model ({model.config.model_type}): what it says of a "
                        f"token depends on later ones; name a decoder.")
-    # The middle of the tokens, for padding touches all: in bfloat16 one that training has never seen may be a
-    # state of its own after every rounding
-    if (whole - padded).square().mean(-1).sqrt().median() > limit:
+    off = (whole - padded).square().mean(-1)
+    # In bfloat16 rounding alone may turn over a token that training has never seen; padding touches them all
+    if (off.mean() if model.dtype == torch.float32 else off.median()).sqrt() > limit:
         raise BadInput(f"{flag} {path}: padding on the left changes what this model "
                        f"({model.config.model_type}) says of a row; name another one.")
 

@@ -10,6 +10,7 @@ LABELS, UNSEEN = "smol/labels.jsonl", "smol/unseen.jsonl"
 VALUES = {"seen": "smol/values.jsonl", "unseen": "smol/unseen_values.jsonl"}
 COMMON = {"split_seed": SPLIT_SEED, "ds_config": "ds_configs/zero1.json", "sft_model": MODEL, "data": LABELS}
 OFFLINE = {**COMMON, "max_length": 96, "batch_size": 32, "micro_batch": 8}
+PAIRS = {**OFFLINE, "pairs": "all", "batch_size": 16, "max_steps": 136}  # as many answers as the GVM reads
 
 # What DVPO, PPO and ReMax have in common, so that a comparison compares the methods
 RL = {**COMMON, "data": PROMPTS, "temperature": 0.7, "truth_fn": "smol.sentiment:compound",
@@ -26,9 +27,8 @@ DEFAULTS = {
     "continuations": {**SAMPLED, "data": LABELS, "micro_batch": 256},
     "train_gvm": {**OFFLINE, "lora_dropout": 0.0, "reward": "score", "score_min": -1.0, "score_max": 1.0,
                   "k": 4, "tau_question_tokens": 20, "tau_answer_tokens": 32, "lr": 5e-4},
-    "train_rm": {**OFFLINE, "lora_dropout": 0.0, "pairs": "all", "batch_size": 16,
-                 "max_steps": 136, "lr": 2e-4},  # as many answers as the GVM reads
-    "train_dpo": {**OFFLINE, "pairs": "all", "lora_r": 16, "beta": 0.1, "lr": 1e-4},
+    "train_rm": {**PAIRS, "lora_dropout": 0.0, "lr": 2e-4},
+    "train_dpo": {**PAIRS, "lora_r": 16, "beta": 0.1, "lr": 1e-4},
     "train_dvpo": {**RL, "ppo_epochs": 1}, "train_remax": RL, "train_grpo": {**RL, "ppo_epochs": 1},
     "train_ppo": {**RL, "ppo_epochs": 1, "critic_lr": 5e-4},
     "evaluate": {"split_seed": SPLIT_SEED, "data": LABELS, "dtype": "bfloat16", "temperature": 0.7,

@@ -15,7 +15,6 @@ On a GPU many of these small processes share it: --jobs 20.
 
 import argparse
 import io
-import itertools
 import json
 import sys
 from collections import defaultdict
@@ -149,8 +148,7 @@ def others(grid, seeds):
                 "--lr", RATE, "--seed", seed, "--reward_model", rm.folder], [rm]),
             ("ReMax", RATE, seed): grid.stage(f"remax_{seed}", "train_remax", [  # two answers to a prompt
                 "--lr", RATE, "--seed", seed, "--reward_model", rm.folder, "--max_steps", 15], [rm]),
-            ("DPO", 1e-4, seed): grid.stage(f"dpo_{seed}", "train_dpo", [  # as many answers as the GVM reads
-                "--seed", seed, "--max_steps", 136])})
+            ("DPO", 1e-4, seed): grid.stage(f"dpo_{seed}", "train_dpo", ["--seed", seed])})
     compared(grid, found)
 
 
@@ -274,9 +272,10 @@ def along(grid, seeds):
         runs.append((found, grid.quality(gvm, f"along_{seed}_quality", [sampled], labels, [done])))
     grid.execute()
     table = {}
-    for (found, quality), steps in itertools.product(runs, (10, 30)):
+    done = [(steps, run, quality) for found, quality in runs for steps, run in found.items()]
+    for steps, run, quality in done:
         places = sampled_error(quality)["unseen"][f"{steps} steps"]
-        last = rows_of(found[steps])[-5:]
+        last = rows_of(run)[-5:]
         numbers = {"KL": column(last, "objective/kl").mean(), "gvm/drift": column(last, "gvm/drift").mean(),
                    "RMSE": np.mean([place["rmse"] for place in places]),
                    "value": np.mean([place["value"] for place in places]),
