@@ -272,8 +272,8 @@ def along(grid, seeds):
         runs.append((found, grid.quality(gvm, f"along_{seed}_quality", [sampled], labels, [done])))
     grid.execute()
     table = {}
-    done = [(steps, run, quality) for found, quality in runs for steps, run in found.items()]
-    for steps, run, quality in done:
+    cells = [(steps, run, quality) for found, quality in runs for steps, run in found.items()]
+    for steps, run, quality in cells:
         places = sampled_error(quality)["unseen"][f"{steps} steps"]
         last = rows_of(run)[-5:]
         numbers = {"KL": column(last, "objective/kl").mean(), "gvm/drift": column(last, "gvm/drift").mean(),
