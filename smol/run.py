@@ -8,7 +8,7 @@
     python smol/run.py others       further methods at one rate; --seeds 1
     python smol/run.py critic       PPO's critic as a value model, beside the GVMs
     python smol/run.py along        how wrong the frozen GVM gets while DVPO's policy moves
-    python smol/run.py figure       the README's first picture
+    python smol/run.py figure       the README's first picture; true reward against KL
 
 On a GPU many of these small processes share it: --jobs 20.
 """
@@ -21,6 +21,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
@@ -185,7 +186,7 @@ def compared(grid, runs):
 
 def tables(known):
     """Table of all runs, the gain of each over its start, things asked about of one weight, and where there
-    is PPO at a rate, the others' gain beside it."""
+    is PPO at a rate, the others' gain beside its, as it is and at equal KL: it grows about as sqrt(KL)."""
     cells = defaultdict(list)
     for name, found in known.items():
         cells[name.rpartition(", ")[0]].append(found)
@@ -199,12 +200,12 @@ def tables(known):
         print(f"{name}: gain {gain.mean():.3f}, {gain.mean() / gain.std(ddof=1) * len(gain) ** 0.5:.1f} "
               f"standard errors over the things asked about")
     for rate in RATES:
-        ours, theirs, best = (np.array([run["gain"] for run in cells[f"{name}, {rate:g}"]])
-                              for name in METHODS)
-        if len(ours) and len(theirs):
-            ratio(f"DVPO / PPO, {rate:g}", ours, theirs)
-        if len(best) and len(theirs):
-            ratio(f"PPO, true reward / PPO, {rate:g}", best, theirs)
+        for power, of in ((0, "gain"), (0.5, "gain / sqrt(KL)")):
+            found = {name: np.array([np.array(run["gain"]) / run["KL"] ** power
+                                     for run in cells[f"{name}, {rate:g}"]]) for name in METHODS}
+            for name in ("DVPO", "PPO, true reward"):
+                if len(found[name]) and len(found["PPO"]):
+                    ratio(f"{of} of {name} / PPO, {rate:g}", found[name], found["PPO"])
 
 
 CURVES = ("objective/true_reward", "objective/kl", "completions/mean_length", "gvm/drift",
@@ -223,7 +224,7 @@ def rewards_by_group(evaluations):
 
 
 def ratio(name, ours, theirs, draws=10_000):
-    """Gain / gain, [seeds, things asked about] each, with a 95 % interval: bootstrap over both."""
+    """Ratio of two means, [seeds, things asked about] each, with a 95 % interval: bootstrap over both."""
     rng, found = np.random.default_rng(0), []
     things = ours.shape[1]
     for _ in range(draws):
@@ -231,7 +232,7 @@ def ratio(name, ours, theirs, draws=10_000):
         a, b = (side[rng.integers(len(side), size=len(side))][:, picked].mean() for side in (ours, theirs))
         found.append(a / b)
     low, high = np.percentile(found, [2.5, 97.5])
-    print(f"gain of {name}: {ours.mean() / theirs.mean():.2f} ({low:.2f} to {high:.2f})")
+    print(f"{name}: {ours.mean() / theirs.mean():.2f} ({low:.2f} to {high:.2f})")
 
 
 def critic(grid, seeds):
@@ -287,8 +288,7 @@ def along(grid, seeds):
 
 def figure(grid, seeds):
     """The README's first picture: curves of results/smol/runs.json, and what the GVM says after each token of
-    two answers to a held-out question."""
-    from matplotlib.figure import Figure
+    two answers to a held-out question; true reward against KL."""
     gvm = grid.gvm(4, 1)
     shown = {tau: grid.script(f"shown_{tau}", "evaluate.py", [
         "values", "--value_model", gvm.folder, "--tau_policy", tau, "--json",
@@ -325,8 +325,29 @@ def figure(grid, seeds):
     axis.set_title(f"{found['question']}\ntau: {found['k']} answers of {' (line), of '.join(shown)} (dots)",
                    fontsize=9)
     axis.set(xlabel="token", ylabel="value after the token", ylim=(-1, 1))
+    save_picture(picture, "results/smol/first.png")
+    frontier(known)
+
+
+def frontier(known):
+    """Gain in true reward against KL on the held-out prompts, a point per run."""
+    picture, points = Figure(figsize=(7, 4), layout="constrained"), defaultdict(list)
+    axis = picture.subplots()
+    for cell, run in known.items():
+        points[cell.rpartition(", ")[0]].append((run["KL"], np.mean(run["gain"])))
+    methods = list(dict.fromkeys(name.rpartition(", ")[0] for name in points))
+    for name, found in points.items():
+        method, _, rate = name.rpartition(", ")
+        axis.plot(*zip(*found), "^" if float(rate) > RATE else "v" if float(rate) < RATE else "o",
+                  color=f"C{methods.index(method)}", label=name)
+    axis.set(xlabel="KL to the start [nats]", ylabel="gain in true reward")
+    axis.legend(fontsize=8, title="learning rate last", title_fontsize=8)
+    save_picture(picture, "results/smol/frontier.png")
+
+
+def save_picture(picture, name):
     picture.savefig(drawn := io.BytesIO(), dpi=100, format="png")
-    write_whole(ROOT / "results/smol/first.png", drawn.getvalue())
+    write_whole(ROOT / name, drawn.getvalue())
 
 
 if __name__ == "__main__":
