@@ -258,9 +258,10 @@ def critic(grid, seeds):
 
 
 def along(grid, seeds):
-    """The GVM's error on the policy after 10 and 30 steps, whose own answers are tau, beside the KL and
-    gvm/drift of the last five steps."""
+    """The GVM's error on the policy at its start and after 10 and 30 steps, whose own answers are tau, beside
+    the KL and gvm/drift of the five steps up to there (of the start: of the first three)."""
     gvm, runs = grid.gvm(4, 1), []
+    start = grid.quality(gvm, f"{gvm.folder.name}_quality", VALUES.values(), UNSEEN, sampled(grid))
     for seed in seeds:
         found = {10: grid.policy("DVPO", seed, RATE, 10), 30: grid.policy("DVPO", seed, RATE)}
         folder = grid.out / f"along_{seed}"
@@ -268,22 +269,26 @@ def along(grid, seeds):
         file = folder / "policies.json"
         file.write_text(json.dumps([{"name": f"{steps} steps", "model": str(run.folder), "temperature": 0.7}
                                     for steps, run in found.items()]))
-        labels, sampled = folder / "labels.jsonl", folder / "values.jsonl"
-        done = grid.answers(f"along_{seed}", file, labels, sampled, ["test"], found.values())
-        runs.append((found, grid.quality(gvm, f"along_{seed}_quality", [sampled], labels, [done])))
+        labels, continued = folder / "labels.jsonl", folder / "values.jsonl"
+        done = grid.answers(f"along_{seed}", file, labels, continued, ["test"], found.values())
+        runs.append((found, grid.quality(gvm, f"along_{seed}_quality", [continued], labels, [done])))
     grid.execute()
-    table = {}
-    cells = [(steps, run, quality) for found, quality in runs for steps, run in found.items()]
-    for steps, run, quality in cells:
-        places = sampled_error(quality)["unseen"][f"{steps} steps"]
-        last = rows_of(run)[-5:]
-        numbers = {"KL": column(last, "objective/kl").mean(), "gvm/drift": column(last, "gvm/drift").mean(),
-                   "RMSE": np.mean([place["rmse"] for place in places]),
-                   "value": np.mean([place["value"] for place in places]),
-                   "sampled": np.mean([place["sampled"] for place in places])}
-        for name, number in numbers.items():
-            table.setdefault(f"{steps} steps", {}).setdefault(name, []).append(number)
-    save_table("smol/along", {label: spread(numbers) for label, numbers in table.items()}, list(numbers))
+    table = defaultdict(lambda: defaultdict(list))
+    for found, quality in runs:
+        errors = {f"{steps} steps": (sampled_error(quality)["unseen"][f"{steps} steps"], rows_of(run)[-5:])
+                  for steps, run in found.items()}
+        for label, (places, rows) in {
+                "start": (sampled_error(start)["seen"]["plain"], rows_of(found[30])[:3]), **errors}.items():
+            for key, name in (("KL", "objective/kl"), ("gvm/drift", "gvm/drift")):
+                table[label][key].append(column(rows, name).mean())
+            for part, some in (("before a word", places[:1]), ("later", places[1:])):
+                table[label][f"RMSE, {part}"].append(np.mean([x["rmse"] for x in some]))
+                table[label][f"constant, {part}"].append(np.mean([x["constant"] for x in some]))
+                table[label][f"bias, {part}"].append(np.mean([x["value"] - x["sampled"] for x in some]))
+            print(f"seed {len(table[label]['KL'])}, {label}:", *(
+                f"{key} {numbers[-1]:.3f}" for key, numbers in table[label].items()))
+    save_table("smol/along", {label: spread(numbers) for label, numbers in table.items()},
+               [*table["start"]])
 
 
 def figure(grid, seeds):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from plumbing import rl
 from plumbing.checks import check_model, check_reading
 from plumbing.errors import BadInput
 from plumbing.lean import LogProbs, OneBase
+from plumbing.log import MetricLog
 
 CPU = torch.device("cpu")
 USER = [{"role": "user", "content": "is thing1 red ?"}]
@@ -123,6 +125,23 @@ def test_the_self_check_checks(change, wrong, capsys):
     else:
         check()
     assert "self-check: max |ratio - 1|" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, numbers, said", [
+    ("gvm/drift", [0.2, 0.45, 0.45, 0.45, 0.45, 0.45], "warning: gvm/drift is 0.45 on average of five steps"),
+    ("gvm/drift", [0.45, 0.45, 0.45, 0.45], ""), ("gvm/drift", [0.9, 0.3, 0.2, 0.2, 0.3], ""),
+    ("objective/kl", [0.0, -1.1], "warning: KL"), ("objective/kl", [-1.1, 0.0], ""),
+    ("policy/clipfrac_avg", [0.31], "warning: more than 30 %"), ("policy/clipfrac_avg", [0.3], ""),
+    ("completions/clipped_ratio", [0.51], "warning: most answers"), ("completions/clipped_ratio", [0.5], "")])
+def test_the_log_warns(name, numbers, said, tmp_path, capsys):
+    """The drift by five steps together, because one step's is noisy; the others by the last step alone."""
+    log = MetricLog(tmp_path, SimpleNamespace(track=False), [], len(numbers) + 1)
+    for step, number in enumerate(numbers):
+        log.write(step, {"objective/kl": 0.0, "completions/clipped_ratio": 0.0, name: number})
+    capsys.readouterr()
+    rl.warn(log.recent)
+    found = capsys.readouterr().out
+    assert found.startswith(said) and bool(found) == bool(said)
 
 
 @pytest.mark.parametrize("stage, name", [(train_dvpo, "dvpo"), (train_ppo, "ppo"), (train_remax, "remax"),
