@@ -203,9 +203,9 @@ def tables(known):
         for power, of in ((0, "gain"), (0.5, "gain / sqrt(KL)")):
             found = {name: np.array([np.array(run["gain"]) / run["KL"] ** power
                                      for run in cells[f"{name}, {rate:g}"]]) for name in METHODS}
-            for name in ("DVPO", "PPO, true reward"):
-                if len(found[name]) and len(found["PPO"]):
-                    ratio(f"{of} of {name} / PPO, {rate:g}", found[name], found["PPO"])
+            for ours, theirs in (("DVPO", "PPO"), ("PPO, true reward", "PPO"), ("DVPO", "PPO, true reward")):
+                if len(found[ours]) and len(found[theirs]):
+                    ratio(f"{of} of {ours} / {theirs}, {rate:g}", found[ours], found[theirs])
 
 
 CURVES = ("objective/true_reward", "objective/kl", "completions/mean_length", "gvm/drift",
