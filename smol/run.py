@@ -336,7 +336,7 @@ def figure(grid, seeds):
 
 def frontier(known):
     """Gain in true reward against KL on the held-out prompts, a point per run."""
-    picture, points = Figure(figsize=(7, 4), layout="constrained"), defaultdict(list)
+    picture, points = Figure(figsize=(8, 4), layout="constrained"), defaultdict(list)
     axis = picture.subplots()
     for cell, run in known.items():
         points[cell.rpartition(", ")[0]].append((run["KL"], np.mean(run["gain"])))
@@ -346,7 +346,7 @@ def frontier(known):
         axis.plot(*zip(*found), "^" if float(rate) > RATE else "v" if float(rate) < RATE else "o",
                   color=f"C{methods.index(method)}", label=name)
     axis.set(xlabel="KL to the start [nats]", ylabel="gain in true reward")
-    axis.legend(fontsize=8, title="learning rate last", title_fontsize=8)
+    axis.legend(fontsize=8, title="learning rate last", title_fontsize=8, bbox_to_anchor=(1, 1))
     save_picture(picture, "results/smol/frontier.png")
 
 
