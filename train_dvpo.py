@@ -404,7 +404,7 @@ def main(args):
         if test and due(step, args.max_steps, args.eval_every):
             metrics.update(held_out(models, truth, test, tau, settings, run))
         log.write(step, metrics)
-        warn(log.recent)
+        warn(log.last_rows)
         show_samples(step, rows, scored, out, run)
         # the next step's tau is drawn from these
         previous = gather_rows([{key: row[key] for key in ("prompt", "group", "response")} for row in rows])

@@ -420,7 +420,7 @@ def main(args):
         if test and due(step, args.max_steps, args.eval_every):
             metrics.update(held_out(models, truth, test, run))
         log.write(step, metrics)
-        warn(log.recent)
+        warn(log.last_rows)
         show_samples(step, rows, scored, out, run)
         if due(step, args.max_steps, args.critic_every):
             keep_critic(models.critic, critic_folder, step + 1, out, run)

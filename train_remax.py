@@ -323,7 +323,7 @@ def main(args):
         if test and due(step, args.max_steps, args.eval_every):
             metrics.update(held_out(models, truth, test, run))
         log.write(step, metrics)
-        warn(log.recent)
+        warn(log.last_rows)
         show_samples(step, rows, scored, out, run)
         checkpoints.after(step, args.max_steps, beta=beta)
     save_model(models.policy, tokenizer, out, base=sft if args.lora_r else None)

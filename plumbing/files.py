@@ -1,6 +1,7 @@
 """From a source (file or hub id) to rows. Small files, read with one sentence and written whole."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -213,6 +214,12 @@ def write_whole(path, content, then="then run this again"):
             sync(target.parent)
         finally:
             part.unlink(missing_ok=True)  # where it did not fit
+
+
+def write_picture(path, picture):
+    """A matplotlib figure as a PNG file, whole or not at all."""
+    picture.savefig(drawn := io.BytesIO(), dpi=100, format="png")
+    write_whole(path, drawn.getvalue())
 
 
 def sync(*paths):

@@ -23,7 +23,7 @@ class MetricLog:
         """start: the first step of a run that is resumed; rows of later steps are taken out of the file."""
         self.show, self.steps, self.first = show, steps, start
         self.started, self.said = time.time(), 0.0
-        self.recent = deque(maxlen=5)
+        self.last_rows = deque(maxlen=5)  # on every rank
         self.rank0 = not dist.is_initialized() or dist.get_rank() == 0
         if not self.rank0:
             return
@@ -37,9 +37,8 @@ class MetricLog:
         self.board = tensorboard(out, args, start)
 
     def write(self, step, row):
-        """row: {metric name: number}. Printed values are rounded, the file keeps them as they are.
-        The last five rows are `recent`, on every rank."""
-        self.recent.append(row)
+        """row: {metric name: number}. Printed values are rounded, the file keeps them as they are."""
+        self.last_rows.append(row)
         if not self.rank0:
             return
         with writing(self.path):

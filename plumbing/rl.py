@@ -181,9 +181,10 @@ def self_check(row, batch, kl, first_ratio, tokenizer, dtype, apart=False):
 MOST_DRIFT = 0.4  # mean of five steps; values are about -1 to 1. Measured: results/README.md, part (e)
 
 
-def warn(recent):
-    """Print what is doubtful about the last of these rows of metrics (MetricLog.recent)."""
-    metrics, drift = recent[-1], [row.get("gvm/drift", 0.0) for row in recent]
+def warn(last_rows):
+    """Print what is doubtful about the last step, given the rows of the last five (MetricLog.last_rows)."""
+    metrics = last_rows[-1]
+    drift = sum(row.get("gvm/drift", 0.0) for row in last_rows) / len(last_rows)
     if metrics["objective/kl"] < -1:
         print0("warning: KL below -1: the samples do not come from the policy that is trained "
                "(temperature, truncation?)")
@@ -191,8 +192,8 @@ def warn(recent):
         print0("warning: more than 30 % of the tokens are clipped: lower --lr or --ppo_epochs")
     if metrics["completions/clipped_ratio"] > 0.5:
         print0("warning: most answers are truncated: raise --response_length")
-    if len(drift) == 5 and sum(drift) > 5 * MOST_DRIFT:
-        print0(f"warning: gvm/drift is {sum(drift) / 5:.2f} on average of five steps, above {MOST_DRIFT}: "
+    if len(last_rows) == last_rows.maxlen and drift > MOST_DRIFT:
+        print0(f"warning: gvm/drift is {drift:.2f} on average of five steps, above {MOST_DRIFT}: "
                "the GVM does not follow the policy (docs/metrics.md)")
 
 

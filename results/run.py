@@ -22,7 +22,6 @@ results/ablations/, applied to a copy. Delete --out after a change of the code: 
 """
 
 import argparse
-import io
 import json
 import os
 import re
@@ -38,7 +37,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from plumbing.files import write_whole
+from plumbing.files import write_picture, write_whole
 from steps import tokens_of
 
 TAIL, KL_TAIL = 5, 20  # final reward: mean of the last 5 steps; KL and length: of the last 20
@@ -427,8 +426,7 @@ def figure(runs, path):
                               linewidth=0)
         axis.set(title=title, xlabel="step")
         axis.legend()
-    picture.savefig(drawn := io.BytesIO(), dpi=100)
-    write_whole(path, drawn.getvalue())
+    write_picture(path, picture)
 
 
 def chosen_on_seed_11(grid, name, runs):

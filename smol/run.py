@@ -14,20 +14,18 @@ On a GPU many of these small processes share it: --jobs 20.
 """
 
 import argparse
-import io
 import json
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 from run import Grid, column, of_policies, rows_of, save_table, spread
-from plumbing.files import write_whole
+from plumbing.files import write_picture, write_whole
 from smol.defaults import LABELS, MODEL, UNSEEN, VALUES
 
 SEEN_POLICIES, UNSEEN_POLICIES = "smol/policies.json", "smol/unseen_policies.json"
@@ -187,10 +185,7 @@ def compared(grid, runs):
 def tables(known):
     """Table of all runs, the gain of each over its start, things asked about of one weight, and where there
     is PPO at a rate, the others' gain beside its, as it is and at equal KL: it grows about as sqrt(KL)."""
-    cells = defaultdict(list)
-    for name, found in known.items():
-        cells[name.rpartition(", ")[0]].append(found)
-    columns = ["true reward", "KL", "length", "truncated", "seconds", "peak GB"]
+    cells, columns = by_cell(known), ["true reward", "KL", "length", "truncated", "seconds", "peak GB"]
     table = {"start": spread({"true reward": sorted({found["start"] for found in known.values()})})}
     table.update({cell: spread({key: [run[key] for run in found] for key in columns})
                   for cell, found in cells.items()})
@@ -206,6 +201,14 @@ def tables(known):
             for ours, theirs in (("DVPO", "PPO"), ("PPO, true reward", "PPO"), ("DVPO", "PPO, true reward")):
                 if len(found[ours]) and len(found[theirs]):
                     ratio(f"{of} of {ours} / {theirs}, {rate:g}", found[ours], found[theirs])
+
+
+def by_cell(known):
+    """{"method, rate": its runs, one per seed}, of the runs {"method, rate, seed": run}."""
+    cells = defaultdict(list)
+    for name, run in known.items():
+        cells[name.rpartition(", ")[0]].append(run)
+    return cells
 
 
 CURVES = ("objective/true_reward", "objective/kl", "completions/mean_length", "gvm/drift",
@@ -274,40 +277,40 @@ def along(grid, seeds):
         runs.append((found, grid.quality(gvm, f"along_{seed}_quality", [continued], labels, [done])))
     grid.execute()
     table = defaultdict(lambda: defaultdict(list))
-    for found, quality in runs:
-        errors = {f"{steps} steps": (sampled_error(quality)["unseen"][f"{steps} steps"], rows_of(run)[-5:])
-                  for steps, run in found.items()}
-        for label, (places, rows) in {
-                "start": (sampled_error(start)["seen"]["plain"], rows_of(found[30])[:3]), **errors}.items():
-            for key, name in (("KL", "objective/kl"), ("gvm/drift", "gvm/drift")):
-                table[label][key].append(column(rows, name).mean())
+    for seed, (found, quality) in zip(seeds, runs):
+        measured = {"start": (sampled_error(start)["seen"]["plain"], rows_of(found[30])[:3])}
+        for steps, run in found.items():
+            measured[f"{steps} steps"] = sampled_error(quality)["unseen"][f"{steps} steps"], rows_of(run)[-5:]
+        for label, (places, rows) in measured.items():
+            numbers = {"KL": column(rows, "objective/kl").mean(),
+                       "gvm/drift": column(rows, "gvm/drift").mean()}
             for part, some in (("before a word", places[:1]), ("later", places[1:])):
-                table[label][f"RMSE, {part}"].append(np.mean([x["rmse"] for x in some]))
-                table[label][f"constant, {part}"].append(np.mean([x["constant"] for x in some]))
-                table[label][f"bias, {part}"].append(np.mean([x["value"] - x["sampled"] for x in some]))
-            print(f"seed {len(table[label]['KL'])}, {label}:", *(
-                f"{key} {numbers[-1]:.3f}" for key, numbers in table[label].items()))
-    save_table("smol/along", {label: spread(numbers) for label, numbers in table.items()},
-               [*table["start"]])
+                numbers[f"RMSE, {part}"] = np.mean([place["rmse"] for place in some])
+                numbers[f"constant, {part}"] = np.mean([place["constant"] for place in some])
+                numbers[f"bias, {part}"] = np.mean([place["value"] - place["sampled"] for place in some])
+            print(f"seed {seed}, {label}:", *(f"{name} {number:.3f}" for name, number in numbers.items()))
+            for name, number in numbers.items():
+                table[label][name].append(number)
+    save_table("smol/along", {label: spread(found) for label, found in table.items()}, [*table["start"]])
 
 
 def figure(grid, seeds):
     """The README's first picture: curves of results/smol/runs.json, and what the GVM says after each token of
     two answers to a held-out question; true reward against KL."""
+    from matplotlib.figure import Figure
     gvm = grid.gvm(4, 1)
     shown = {tau: grid.script(f"shown_{tau}", "evaluate.py", [
         "values", "--value_model", gvm.folder, "--tau_policy", tau, "--json",
         grid.out / f"shown_{tau}/values.json"], [gvm]) for tau in ("plain", "gloomy")}
     grid.execute()
-    known = json.loads((ROOT / "results/smol/runs.json").read_text())
+    cells = by_cell(json.loads((ROOT / "results/smol/runs.json").read_text()))
     picture = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = picture.subfigures(1, 2, width_ratios=(1, 1.3))
     panels = {"objective/true_reward": "true reward: sentiment of the answers",
               "objective/kl": "KL to the start [nats]"}
     for axis, (key, title) in zip(left.subplots(2, sharex=True), panels.items()):
         for name in METHODS:
-            curves = np.array([run["curve"][key] for cell, run in known.items()
-                               if cell.startswith(f"{name}, {RATE:g}, ")])
+            curves = np.array([run["curve"][key] for run in cells[f"{name}, {RATE:g}"]])
             if not len(curves):
                 continue
             smooth = np.array([curves[:, max(0, i - 4):i + 1].mean(1) for i in range(curves.shape[1])])
@@ -330,29 +333,23 @@ def figure(grid, seeds):
     axis.set_title(f"{found['question']}\ntau: {found['k']} answers of {' (line), of '.join(shown)} (dots)",
                    fontsize=9)
     axis.set(xlabel="token", ylabel="value after the token", ylim=(-1, 1))
-    save_picture(picture, "results/smol/first.png")
-    frontier(known)
+    write_picture(ROOT / "results/smol/first.png", picture)
+    frontier(cells)
 
 
-def frontier(known):
+def frontier(cells):
     """Gain in true reward against KL on the held-out prompts, a point per run."""
-    picture, points = Figure(figsize=(8, 4), layout="constrained"), defaultdict(list)
-    axis = picture.subplots()
-    for cell, run in known.items():
-        points[cell.rpartition(", ")[0]].append((run["KL"], np.mean(run["gain"])))
-    methods = list(dict.fromkeys(name.rpartition(", ")[0] for name in points))
-    for name, found in points.items():
+    from matplotlib.figure import Figure
+    picture = Figure(figsize=(8, 4), layout="constrained")
+    axis, colours = picture.subplots(), {}
+    for name, runs in cells.items():
         method, _, rate = name.rpartition(", ")
-        axis.plot(*zip(*found), "^" if float(rate) > RATE else "v" if float(rate) < RATE else "o",
-                  color=f"C{methods.index(method)}", label=name)
+        marker = "v" if float(rate) < RATE else "^" if float(rate) > RATE else "o"
+        axis.plot([run["KL"] for run in runs], [np.mean(run["gain"]) for run in runs], marker, label=name,
+                  color=colours.setdefault(method, f"C{len(colours)}"))
     axis.set(xlabel="KL to the start [nats]", ylabel="gain in true reward")
     axis.legend(fontsize=8, title="learning rate last", title_fontsize=8, bbox_to_anchor=(1, 1))
-    save_picture(picture, "results/smol/frontier.png")
-
-
-def save_picture(picture, name):
-    picture.savefig(drawn := io.BytesIO(), dpi=100, format="png")
-    write_whole(ROOT / name, drawn.getvalue())
+    write_picture(ROOT / "results/smol/frontier.png", picture)
 
 
 if __name__ == "__main__":

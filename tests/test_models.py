@@ -139,7 +139,7 @@ def test_the_log_warns(name, numbers, said, tmp_path, capsys):
     for step, number in enumerate(numbers):
         log.write(step, {"objective/kl": 0.0, "completions/clipped_ratio": 0.0, name: number})
     capsys.readouterr()
-    rl.warn(log.recent)
+    rl.warn(log.last_rows)
     found = capsys.readouterr().out
     assert found.startswith(said) and bool(found) == bool(said)
 

@@ -6,7 +6,6 @@ Runs the functions of train_dvpo.py as `make demo` does, up to step STEP, and pr
 shortest well-formed wrong answer of that step. Draws docs/walkthrough.png (another folder: --output_dir).
 """
 
-import io
 import textwrap
 
 import torch
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 
 from common import Run, chat_ids, epoch_rows, keyed_rng, row_seed
 from plumbing.args import parse_args
-from plumbing.files import write_whole
+from plumbing.files import write_picture
 from plumbing.inputs import gvm_inputs, rl_inputs
 from plumbing.ranks import init_distributed, seed_everything
 from plumbing.rl import fit_tau
@@ -124,8 +123,7 @@ def main(args):
         axis.set_title(title)
         axis.margins(y=0.3)
         axis.legend(fontsize=8)
-    figure.savefig(drawn := io.BytesIO(), dpi=100)
-    write_whole(f"{args.output_dir or 'docs'}/walkthrough.png", drawn.getvalue())
+    write_picture(f"{args.output_dir or 'docs'}/walkthrough.png", figure)
 
 
 if __name__ == "__main__":
